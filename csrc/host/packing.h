@@ -1,0 +1,30 @@
+// Which documents share a pack, and which data-parallel rank takes which pack. Host code, no dependencies.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace nova {
+
+// Pack p holds documents order[offsets[p]] .. order[offsets[p + 1] - 1].
+struct PackPlan {
+  std::vector<int64_t> order;
+  std::vector<int64_t> offsets;
+};
+
+// Largest capacity accepted: memory and time have a term linear in it.
+constexpr int64_t kMaxCapacity = int64_t{1} << 24;
+
+// Best-fit decreasing. Documents are placed longest first, equal lengths in input order, each into the
+// open pack that it leaves fullest; among packs with the same space left, the one changed last.
+// O(n log_64 capacity + capacity) time, 28 n + O(packs + capacity) bytes.
+// Throws std::invalid_argument for a length outside 1..capacity or a capacity outside 1..kMaxCapacity.
+PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents, int64_t capacity);
+
+// Splits num_packs packs over ranks, num_packs / ranks each, with sums of work as equal as a greedy start
+// (heaviest first, to the lightest rank with a free place) and pairwise swaps make them.
+// Row r of the result holds rank r's packs in ascending order.
+// Throws std::invalid_argument when ranks does not divide num_packs, or work is negative or not finite.
+std::vector<int32_t> balance_packs(const double* work, int64_t num_packs, int64_t ranks);
+
+}  // namespace nova

@@ -1,0 +1,33 @@
+"""Which implementation of an op runs: chosen once, and said aloud."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+_log = logging.getLogger(__name__)
+_announced: set[tuple[str, str]] = set()
+
+
+def resolve(op: str, requested: str, available: Sequence[str]) -> str:
+    """The backend that runs `op`; an explicit request is never replaced by another backend.
+
+    Args:     op: the public function's name, for messages. requested: "auto" or a backend's name.
+              available: the backends that can run here and now, the preferred one first.
+    Returns:  the backend's name; each (op, backend) pair is logged once per process.
+    Raises:   ValueError when the requested backend is not available here.
+    """
+    if requested == "auto" and available:
+        chosen = available[0]
+    elif requested in available:
+        chosen = requested
+    else:
+        here = ", ".join(available) or "none"
+        raise ValueError(
+            f"{op}: backend={requested!r} cannot run here; available for these inputs: {here}. "
+            f'Use backend="auto", or one of the available names.'
+        )
+    if (op, chosen) not in _announced:
+        _announced.add((op, chosen))
+        _log.info("%s -> %s", op, chosen)
+    return chosen

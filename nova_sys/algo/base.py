@@ -1,0 +1,46 @@
+"""What every algorithm gives the step: a sum of losses, the count to divide by, and sums of what users want to see.
+
+R response rows, B sequences, P pairs. The division by the GLOBAL count happens once, in the optimizer step, so a loss does not
+depend on how documents fell into packs, micro-batches, ranks or stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nova_sys.data.batch import DevicePack
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """loss_sum () fp32 with gradient; count () int; metric_sums (len(metric_names),) fp32 without gradient."""
+
+    loss_sum: torch.Tensor
+    count: torch.Tensor
+    metric_sums: torch.Tensor
+
+
+class Algorithm(Protocol):
+    name: str
+    count_name: str
+    """What `count` counts: `num_tokens` or `num_pairs`."""
+    metric_names: tuple[str, ...]
+    """Per-count means that the metric sums become; the first is always `loss`."""
+    needs_reference: bool
+
+    def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput: ...
+
+
+def sequence_logp(logp_R: torch.Tensor, pack: DevicePack) -> torch.Tensor:
+    """seq_logp_B (B,) fp32: the sum of each sequence's row log-probabilities, nats."""
+    logp_B = logp_R.new_zeros(pack.response_B.numel())
+    return logp_B.index_add(0, pack.sequence_R, logp_R)
+
+
+def sequence_tokens(pack: DevicePack) -> torch.Tensor:
+    """num_tokens_B (B,) int64: how many tokens of each sequence carry loss."""
+    num_tokens_B = torch.zeros_like(pack.response_B)
+    return num_tokens_B.index_add_(0, pack.sequence_R, torch.ones_like(pack.sequence_R))

@@ -1,0 +1,190 @@
+"""The `nova` command. What is heavy is imported inside the commands: help appears at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nova_sys.errors import exit_on_user_error
+from nova_sys.launcher import launch
+from nova_sys.log import setup_logging
+
+app = typer.Typer(
+    name="nova",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[
+    Path, typer.Argument(help="A TOML recipe, e.g. launch/recipes/dpo_hh_small.toml.")
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A run's checkpoints/step_N, or a run folder: its last checkpoint.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key, e.g. train.steps=100. Repeatable."
+    ),
+]
+Nproc = Annotated[
+    int, typer.Option(min=1, help="Local processes: one per GPU, or ranks on the CPU.")
+]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of every error.")
+    ] = False,
+) -> None:
+    """Aligns large language models on Megatron-core: supervised fine-tuning, preferences."""
+    if debug:
+        os.environ["NOVA_DEBUG"] = "1"  # workers inherit it
+    setup_logging()
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print layout, parameters, packs and steps; train nothing."),
+    ] = False,
+) -> None:
+    """Train what a recipe describes. On many machines: torchrun ... -m nova_sys.train RECIPE."""
+    from nova_sys.config_io import check, load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from nova_sys.plan import plan_text
+
+        typer.echo(plan_text(config, nproc))
+        return
+    check(config, nproc)  # a mistake is told here, before nproc processes have started
+    raise typer.Exit(launch("nova_sys.train", [str(recipe), *_set_flags(overrides)], nproc))
+
+
+@app.command()
+def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Tokenise and pack a recipe's data into its cache, and report what was found."""
+    from nova_sys.config_io import load_recipe
+    from nova_sys.data.packing import pack_documents
+    from nova_sys.data.prepare import prepare_data
+
+    config = load_recipe(recipe, overrides or [])
+    capacity = config.data.pack_length
+    store = prepare_data(config).store
+    lengths = store.document_lengths(config.data.share_prefix)
+    plan = pack_documents(lengths, capacity, seed=config.train.seed, epoch=0)
+    num_packs = len(plan.offsets) - 1
+    typer.echo(f"{store.report}")
+    typer.echo(
+        f"{num_packs:,} packs of {capacity:,} tokens, {lengths.sum() / (num_packs * capacity):.1%} "
+        f"filled; kept in {store.folder}"
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="PAIRS", help="Preference pairs: JSON lines, or a glob. Repeatable."),
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference checkpoint; without it rewards are log-probs.")
+    ] = None,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    per_pair: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write one line per pair to this file.")
+    ] = None,
+    with_ids: Annotated[
+        bool, typer.Option("--with-ids", help="Also write each pair's token ids into --per-pair.")
+    ] = False,
+) -> None:
+    """Reward accuracy, margins and losses of a checkpoint on preference pairs."""
+    if with_ids and per_pair is None:
+        raise ValueError(
+            "--with-ids: adds to the lines of --per-pair; give --per-pair OUT.jsonl too"
+        )
+    argv = [str(checkpoint), *(part for path in data for part in ("--data", path))]
+    argv += ["--reference", str(reference)] if reference else []
+    argv += ["--per-pair", str(per_pair)] if per_pair else []
+    argv += ["--with-ids"] if with_ids else []
+    raise typer.Exit(launch("nova_sys.evaluate", [*argv, *_set_flags(overrides)], nproc))
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="F", help="A file with one prompt per line.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    overrides: Overrides = None,
+) -> None:
+    """Continue prompts greedily with a checkpoint's model."""
+    texts = [*(prompts or []), *(_lines(file) if file else [])]
+    if not texts:
+        raise ValueError("no prompts: give them after the checkpoint, or --file with one per line")
+    from nova_sys.generate import generate_greedy
+
+    answers = generate_greedy(checkpoint, texts, max_new_tokens, overrides=overrides or [])
+    for prompt, answer in zip(texts, answers, strict=True):
+        typer.echo(f"{prompt}{answer}")
+
+
+@app.command()
+def keys() -> None:
+    """List every key of a recipe with its default, type and meaning."""
+    from nova_sys.config_io import describe_fields
+
+    for field in describe_fields():
+        typer.echo(f"{f'{field.key} = {field.default}':<42} {field.type}. {field.doc}".rstrip())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and the report.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Align a small model from nothing: make data, SFT, then DPO on two processes, and report."""
+    from nova_sys.demo import run_demo
+
+    run_demo(out)
+
+
+def main() -> None:
+    """Entry point of the `nova` script."""
+    with exit_on_user_error():
+        app()
+
+
+def _set_flags(overrides: list[str] | None) -> list[str]:
+    return [part for override in overrides or [] for part in ("--set", override)]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"--file {file}: cannot be read ({error.strerror}); give a text file"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Every field of a run, with its unit and default. Frozen data: built once by `config_io`, checked whole, never changed.
+
+Standard library only, so that anything may import it. A recipe (TOML) has one table per class below; leaf code
+receives values (`beta=config.algo.beta`), not the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+FORBID_UNKNOWN_KEYS = {"extra": "forbid"}  # read by the validator in config_io
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    dir: str = "runs/default"
+    """Folder of the run: checkpoints/, tensorboard/, metrics.jsonl, config.toml, tokenizer/, profile/."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the last complete checkpoint in `dir` if there is one. never: refuse a folder that holds a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 0
+    """0: hidden_size / num_heads."""
+    ffn_hidden_size: int = 688
+    vocab_size: int = 0
+    """0: the tokenizer's. A larger value leaves unused rows. Padded to a multiple of 128 in memory, masked in the loss."""
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    norm_head: bool = False
+    """Output weight rows normalised to length 1 (Baichuan 2's NormHead)."""
+    kv_shift: bool = False
+    """KV-shifting attention (arXiv 2411.19574): four learned scalars per KV head mix each key and value with its predecessor's."""
+    kv_shift_init: Literal["identity", "random"] = "identity"
+    """identity: previous 0, current 1 (outputs unchanged). random: the paper's U(0,1) current, 1 - that for previous."""
+    init_std: float = 0.02
+    init_from: str = ""
+    """Checkpoint folder to start from: a run's `checkpoints/step_N`, or a run folder (its last checkpoint). Empty: random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    train: str | list[str] = ""
+    """JSON-lines files, plain or .gz: a path, a glob, or a list of them."""
+    tokenizer: str = ""
+    """A SentencePiece .model file, or a folder with Hugging Face tokenizer.json. Empty: the tokenizer of `model.init_from`,
+    else a SentencePiece model of `model.vocab_size` pieces is trained on the training text and kept in the run folder."""
+    template: str = "auto"
+    """Chat template: auto (the tokenizer's own for message lists, strings are taken as they are), none, a built-in name
+    (chatml, dialogue), or the path of a Jinja2 file. A named template also turns plain strings into turns."""
+    pack_length: int = 2048
+    """T: tokens per pack. One pack is one micro-batch."""
+    max_length: int = 0
+    """Longest prefix + response in tokens; 0: pack_length. Longer documents are truncated by the rule in data/store.py, and counted."""
+    share_prefix: bool = True
+    """Store and compute a document's prefix once for all its responses; False gives every response its own copy."""
+    cache_dir: str = ""
+    """Tokenised data and reference log-probs, keyed by content. Empty: <run.dir>/cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    name: Literal["sft", "dpo"] = "dpo"
+    loss: Literal["sigmoid"] = "sigmoid"
+    """Preference loss, a key of nova_kernels.preference_loss.LOSSES."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference, 1/nats."""
+    reference: Literal["cache", "online"] = "cache"
+    """cache: reference log-probs computed once, kept on disk. online: a frozen copy of the initial weights stays in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    steps: int = 0
+    """Optimizer steps; 0: as many as `epochs` need."""
+    epochs: float = 1.0
+    global_batch_packs: int = 8
+    """Packs per optimizer step over all data-parallel ranks; a multiple of the data-parallel size."""
+    seed: int = 1234
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """selective: attention only. full: blocks of `recompute_layers` layers keep only their input."""
+    recompute_layers: int = 0
+    """Layers per recomputed block; 0 = auto: round(sqrt(layers)), the Baichuan alignment report's optimum."""
+    check_first_loss: bool = True
+    """DPO: stop when the first step's loss is not ln 2 (wrong reference, dropout, or a parallelism fault)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, linear warm-up, cosine decay."""
+
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Not applied to norms, biases and the KV-shift scalars."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Ranks = tensor * pipeline * data; the data-parallel size is what remains of the world."""
+
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank; above 1 the schedule is interleaved 1F1B."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor-parallel ranks by token."""
+    distributed_optimizer: bool = True
+    timeout_s: float = 600.0
+    """A collective that waits longer ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    every_steps: int = 0
+    """Save every so many steps; 0: only at the end."""
+    keep: int = 2
+    """Complete checkpoints kept; older ones are deleted after a newer one is complete."""
+    asynchronous: bool = True
+    """Write in a background process while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    tensorboard: bool = True
+    progress: bool = True
+    """A live bar on a terminal; otherwise a line every `every_steps` steps."""
+    every_steps: int = 10
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch.profiler records, e.g. [10, 12]; the trace goes to <run.dir>/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The whole run."""
+
+    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

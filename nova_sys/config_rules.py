@@ -1,0 +1,245 @@
+"""Rules that tie fields to each other and to the number of processes, for `config_io.check`."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from nova_sys.config import RunConfig
+
+VOCAB_MULTIPLE = 128  # the model pads its vocabulary to it, and tensor-parallel ranks split that
+
+POSITIVE = [
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.ffn_hidden_size",
+    "model.rope_base",
+    "model.norm_eps",
+    "data.pack_length",
+    "algo.beta",
+    "train.global_batch_packs",
+    "optimizer.lr",
+    "optimizer.eps",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.timeout_s",
+    "checkpoint.keep",
+    "log.every_steps",
+]
+NOT_NEGATIVE = [
+    "model.head_dim",
+    "model.vocab_size",
+    "model.init_std",
+    "data.max_length",
+    "train.steps",
+    "train.epochs",
+    "train.seed",
+    "train.recompute_layers",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.grad_clip",
+    "checkpoint.every_steps",
+]
+
+
+def broken_rules(config: RunConfig, world_size: int) -> list[str]:
+    """One line per broken rule: the key, its value, the rule in numbers, and what to change."""
+    out_of_range = _range_problems(config)
+    if out_of_range:  # the other rules divide by these numbers
+        return out_of_range
+    return [
+        *_model_problems(config),
+        *_data_problems(config),
+        *_schedule_problems(config),
+        *_tensor_problems(config),
+        *_layout_problems(config, world_size),
+    ]
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    problems = []
+    bounds = [(key, "above 0") for key in POSITIVE] + [(key, "0 or more") for key in NOT_NEGATIVE]
+    for key, bound in bounds:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        default = getattr(getattr(RunConfig(), section), name)
+        in_range = value > 0 or (value == 0 and bound == "0 or more")
+        if not (math.isfinite(value) and in_range):
+            problems.append(
+                f"{key} = {value}: must be finite and {bound}; the default is {default}"
+            )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        problems.append(
+            f"optimizer.betas = {list(config.optimizer.betas)}: each must be at least 0 and below "
+            f"1; the default is {list(RunConfig().optimizer.betas)}"
+        )
+    return problems
+
+
+def _model_problems(config: RunConfig) -> list[str]:
+    model, algo, problems = config.model, config.algo, []
+    if model.num_heads % model.num_kv_heads:
+        problems.append(
+            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = "
+            f"{model.num_heads}; choose one of {_divisors(model.num_heads)}"
+        )
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    if model.head_dim == 0 and model.hidden_size % model.num_heads:
+        problems.append(
+            f"model.hidden_size = {model.hidden_size}: must be a multiple of model.num_heads = "
+            f"{model.num_heads} when model.head_dim is 0; change one of them, or set model.head_dim"
+        )
+    elif head_dim % 2:
+        problems.append(
+            f"model.head_dim = {head_dim}: must be even, because rotary positions turn pairs of "
+            f"channels; set model.head_dim to {head_dim + 1}"
+        )
+    if model.kv_shift_init == "random" and not model.kv_shift:
+        problems.append(
+            'model.kv_shift_init = "random": has no effect while model.kv_shift is false; '
+            "set model.kv_shift to true, or leave model.kv_shift_init out"
+        )
+    if algo.name == "sft" and algo.reference == "online":
+        problems.append(
+            'algo.reference = "online": algo.name = "sft" compares with no reference; '
+            'leave algo.reference out, or set algo.name to "dpo"'
+        )
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    data, problems = config.data, []
+    files = [data.train] if isinstance(data.train, str) else data.train
+    if not files or "" in files:
+        problems.append(
+            f"data.train = {json.dumps(data.train)}: must name at least one JSON-lines file; "
+            "set it to a path, a glob, or a list of them (--set data.train=PATH)"
+        )
+    if data.max_length > data.pack_length:
+        problems.append(
+            f"data.max_length = {data.max_length}: must not exceed data.pack_length = "
+            f"{data.pack_length}, since a document lies in one pack; lower it, or raise "
+            "data.pack_length"
+        )
+    if not (data.tokenizer or config.model.init_from or config.model.vocab_size):
+        problems.append(
+            "model.vocab_size = 0: a tokenizer that is trained on the data needs a size; set "
+            "model.vocab_size (e.g. 4096), or name a tokenizer with data.tokenizer, or a "
+            "checkpoint with model.init_from"
+        )
+    return problems
+
+
+def _schedule_problems(config: RunConfig) -> list[str]:
+    train, optimizer, problems = config.train, config.optimizer, []
+    if train.steps == 0 and train.epochs == 0:
+        problems.append(
+            "train.epochs = 0: with train.steps = 0 there is nothing to train; "
+            "set one of them above 0"
+        )
+    if 0 < train.steps < optimizer.warmup_steps:
+        problems.append(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps}: must not exceed train.steps = "
+            f"{train.steps}; lower it, or train longer"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(
+            f"optimizer.min_lr = {optimizer.min_lr}: must not exceed optimizer.lr = "
+            f"{optimizer.lr}, from which the rate decays; lower it"
+        )
+    if train.recompute_layers and train.recompute != "full":
+        problems.append(
+            f"train.recompute_layers = {train.recompute_layers}: has no effect with "
+            f'train.recompute = "{train.recompute}"; set that to "full", or leave this out'
+        )
+    profile = config.log.profile_steps
+    if profile and not 1 <= profile[0] <= profile[1]:
+        problems.append(
+            f"log.profile_steps = {list(profile)}: must be [first, last] with 1 <= first <= last; "
+            "for example [10, 12]"
+        )
+    elif profile and 0 < train.steps < profile[1]:
+        problems.append(
+            f"log.profile_steps = {list(profile)}: must end by the last step, train.steps = "
+            f"{train.steps}; choose earlier steps"
+        )
+    return problems
+
+
+def _tensor_problems(config: RunConfig) -> list[str]:
+    model, parallel, problems = config.model, config.parallel, []
+    split = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "the vocabulary's padding": VOCAB_MULTIPLE,
+    }
+    uneven = [f"{name} = {size}" for name, size in split.items() if size % parallel.tensor]
+    if uneven:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor}: must divide {' and '.join(uneven)}; "
+            f"choose one of {_divisors(math.gcd(*split.values()))}"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append(
+            "parallel.sequence = true: splits tokens over the tensor-parallel ranks, but "
+            "parallel.tensor is 1; set that to 2 or more, or parallel.sequence to false"
+        )
+    elif parallel.sequence and config.data.pack_length % parallel.tensor:
+        problems.append(
+            f"data.pack_length = {config.data.pack_length}: must be a multiple of parallel.tensor "
+            f"= {parallel.tensor} with parallel.sequence; for example "
+            f"{_next_multiple(config.data.pack_length, parallel.tensor)}"
+        )
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    parallel, problems = config.parallel, []
+    pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline
+    if config.model.num_layers % (pipeline * chunks):
+        problems.append(
+            f"model.num_layers = {config.model.num_layers}: must be a multiple of parallel.pipeline"
+            f" * parallel.virtual_pipeline = {pipeline} * {chunks} = {pipeline * chunks}; "
+            "change one of the three"
+        )
+    if chunks > 1 and pipeline == 1:
+        problems.append(
+            f"parallel.virtual_pipeline = {chunks}: interleaving needs two or more pipeline "
+            "stages; set parallel.pipeline to 2 or more, or parallel.virtual_pipeline to 1"
+        )
+    model_ranks = parallel.tensor * pipeline
+    if world_size % model_ranks:
+        problems.append(
+            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {pipeline} = {model_ranks}:"
+            f" must divide the number of processes, {world_size}; start a multiple of "
+            f"{model_ranks} (--nproc {model_ranks}), or lower one of the two"
+        )
+        return problems
+    packs, data_size = config.train.global_batch_packs, world_size // model_ranks
+    if packs % data_size:
+        problems.append(
+            f"train.global_batch_packs = {packs}: must be a multiple of the data-parallel size, "
+            f"{world_size} processes / {model_ranks} = {data_size}; for example "
+            f"{_next_multiple(packs, data_size)}"
+        )
+    elif chunks > 1 and (packs // data_size) % pipeline:
+        problems.append(
+            f"train.global_batch_packs = {packs}: gives each of {data_size} data-parallel ranks "
+            f"{packs // data_size} micro-batches, which interleaving needs to be a multiple of "
+            f"parallel.pipeline = {pipeline}; for example "
+            f"{_next_multiple(packs, data_size * pipeline)}"
+        )
+    return problems
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _next_multiple(number: int, step: int) -> int:
+    return math.ceil(number / step) * step

@@ -1,0 +1,1 @@
+"""From JSON lines to packs: records, chat templates, token store, packing, loader."""

@@ -1,0 +1,175 @@
+"""One pack as arrays: tokens, segments, and the response rows that enter the output layer.
+
+T packed tokens, S segments, R response rows, B sequences (responses), P documents in the pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from nova_kernels.segments import SegmentIndex, segment_index
+
+from nova_sys.data.store import TokenStore
+
+
+@dataclass(frozen=True)
+class DevicePack:
+    """A Pack's arrays as tensors on one device; see Pack."""
+
+    tokens_T: torch.Tensor
+    segments_S4: torch.Tensor
+    row_R: torch.Tensor
+    target_R: torch.Tensor | None
+    sequence_R: torch.Tensor
+    response_B: torch.Tensor
+    document_P: torch.Tensor
+    ref_logp_B: torch.Tensor
+    num_tokens: int
+    num_loss_tokens: int
+    index: SegmentIndex
+    """What every layer needs of the segments, worked out once per pack."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A micro-batch. Sequences are numbered in document order: for pairs, 2p is chosen and 2p + 1 rejected."""
+
+    tokens_T: np.ndarray
+    """int64 (pack_length,); 0 in the padding."""
+    segments_S4: np.ndarray
+    """int32 (S, 4): start, end, prefix_start, prefix_end. A trunk's prefix range is (start, start)."""
+    row_R: np.ndarray
+    """int64 (R,): position whose hidden state predicts a loss-carrying token."""
+    target_R: np.ndarray | None
+    """int64 (R,): that token. None: there is no target; the model answers with logits (generation)."""
+    sequence_R: np.ndarray
+    """int64 (R,): the sequence it belongs to, ascending."""
+    response_B: np.ndarray
+    """int64 (B,): response id of each sequence in the store."""
+    document_P: np.ndarray
+    """int64 (P,): documents in this pack."""
+    ref_logp_B: np.ndarray
+    """float32 (B,): reference log-prob of each sequence in nats; NaN where there is none."""
+    num_tokens: int
+    """Without padding."""
+    num_loss_tokens: int
+    """R."""
+
+    def to(self, device: torch.device | str) -> DevicePack:
+        """A copy on `device`; to a GPU through pinned memory, without waiting for it."""
+        pin = torch.device(device).type == "cuda"
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                tensor = torch.from_numpy(value)
+                value = (tensor.pin_memory() if pin else tensor.clone()).to(
+                    device, non_blocking=pin
+                )
+            values[field.name] = value
+        index = segment_index(torch.from_numpy(self.segments_S4), len(self.tokens_T))
+        return DevicePack(**values, index=index.to(device))
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """All ranges [start, start + length) end to end."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def build_pack(
+    store: TokenStore,
+    documents: Sequence[int] | np.ndarray,
+    pack_length: int,
+    *,
+    share_prefix: bool,
+    ref_logp: np.ndarray | None = None,
+) -> Pack:
+    """Lays documents out in one pack of exactly `pack_length` tokens.
+
+    share_prefix: trunk `prefix | response_0`, then one branch per further response; the last prefix row then predicts the
+    first token of every response. Otherwise every response is its own trunk `prefix | response_i`. No documents: padding.
+
+    Args:     ref_logp (store.num_responses,) float32: reference log-probs by response id.
+    Raises:   ValueError when the documents do not fit.
+    """
+    document_P = np.asarray(documents, np.int64)
+    first_part = store.document_parts[document_P]
+    num_responses = store.document_parts[document_P + 1] - first_part - 1
+    owner_B = np.repeat(np.arange(len(document_P)), num_responses)
+    is_first_B = np.diff(owner_B, prepend=-1) > 0
+    part_B = _ranges(first_part + 1, num_responses)
+    source_B = store.part_offsets[part_B]  # where the response stands in the store
+    length_B = store.part_offsets[part_B + 1] - source_B
+    prefix_source_B = store.part_offsets[first_part][owner_B]
+    prefix_B = store.part_offsets[first_part + 1][owner_B] - prefix_source_B
+    has_copy_B = is_first_B | (not share_prefix)  # a prefix stands in front of this response
+
+    end_B = np.cumsum(length_B + prefix_B * has_copy_B)
+    start_B = end_B - length_B
+    num_tokens = int(end_B[-1]) if len(end_B) else 0
+    if num_tokens > pack_length:
+        raise ValueError(
+            f"{len(document_P)} documents of {num_tokens} tokens for a pack of {pack_length}; they must fit. "
+            "Use the pack_length and share_prefix the documents were packed for."
+        )
+    copy_start_B = (start_B - prefix_B)[has_copy_B]  # copies of prefixes, one per trunk
+    trunk_B = np.cumsum(has_copy_B) - 1
+    prefix_start_B = copy_start_B[trunk_B]
+
+    tokens_T = np.zeros(pack_length, np.int64)
+    places = _ranges(start_B, length_B)
+    sources = _ranges(source_B, length_B)
+    tokens_T[places] = store.tokens[sources]
+    copied = prefix_B[has_copy_B]
+    tokens_T[_ranges(copy_start_B, copied)] = store.tokens[
+        _ranges(prefix_source_B[has_copy_B], copied)
+    ]
+
+    row = places - 1
+    row[np.cumsum(length_B) - length_B] = np.where(prefix_B > 0, prefix_start_B + prefix_B - 1, -1)
+    wanted = (store.loss[sources] == 1) & (row >= 0)
+    row_R = row[wanted]
+    response_B = part_B - document_P[owner_B] - 1
+    return Pack(
+        tokens_T=tokens_T,
+        segments_S4=_segments(start_B, end_B, prefix_start_B, prefix_B, has_copy_B, pack_length),
+        row_R=row_R,
+        target_R=tokens_T[places[wanted]],
+        sequence_R=np.repeat(np.arange(len(part_B)), length_B)[wanted],
+        response_B=response_B,
+        document_P=document_P,
+        ref_logp_B=np.full(len(part_B), np.nan, np.float32)
+        if ref_logp is None
+        else ref_logp[response_B].astype(np.float32),
+        num_tokens=num_tokens,
+        num_loss_tokens=len(row_R),
+    )
+
+
+def _segments(
+    start_B: np.ndarray,
+    end_B: np.ndarray,
+    prefix_start_B: np.ndarray,
+    prefix_B: np.ndarray,
+    is_trunk_B: np.ndarray,
+    pack_length: int,
+) -> np.ndarray:
+    """One segment per sequence (a trunk takes its prefix in), then one for the padding."""
+    seg_start_B = np.where(is_trunk_B, start_B - prefix_B, start_B)
+    segments = np.stack(
+        [
+            seg_start_B,
+            end_B,
+            np.where(is_trunk_B, seg_start_B, prefix_start_B),
+            np.where(is_trunk_B, seg_start_B, prefix_start_B + prefix_B),
+        ],
+        axis=1,
+    )
+    num_tokens = end_B[-1] if len(end_B) else 0
+    if num_tokens < pack_length:
+        segments = np.concatenate([segments, [[num_tokens, pack_length, num_tokens, num_tokens]]])
+    return segments.astype(np.int32)

@@ -1,0 +1,178 @@
+"""Which packs each rank computes at each step: a pure function of the step, so a run resumes anywhere.
+
+The packs of epoch 0, 1, 2, ... form one endless stream; step s takes packs s * G .. s * G + G - 1 of it (G =
+`global_batch_packs`), whatever the data-parallel size, and crosses from one epoch into the next. Nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+
+import numpy as np
+
+from nova_sys.data.batch import Pack, build_pack
+from nova_sys.data.packing import PackPlan, balance, pack_documents
+from nova_sys.data.store import TokenStore
+
+_PREFETCH_STEPS = 2
+
+
+class PackLoader:
+    """Micro-batches of one data-parallel rank.
+
+    epochs: the stream ends behind `ceil(epochs * packs_per_epoch)` packs (`last_pack`), and packs that hold no documents
+    fill the last step; None: it never ends.   ref_logp: see build_pack.
+
+    Raises: ValueError when a document is longer than a pack or the data-parallel size does not divide the global batch.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        pack_length: int,
+        global_batch_packs: int,
+        data_rank: int,
+        data_size: int,
+        seed: int,
+        share_prefix: bool,
+        epochs: float | None = None,
+        ref_logp: np.ndarray | None = None,
+    ) -> None:
+        if global_batch_packs < 1 or global_batch_packs % data_size:
+            raise ValueError(
+                f"train.global_batch_packs is {global_batch_packs} and the data-parallel size {data_size}; the first must be "
+                "a multiple of the second. Change one of them."
+            )
+        self._store = store
+        self._pack_length = pack_length
+        self._global_batch_packs = global_batch_packs
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._seed = seed
+        self._share_prefix = share_prefix
+        self._ref_logp = ref_logp
+        self._lengths = store.document_lengths(share_prefix)
+        self._work = store.document_work(share_prefix)
+        longest = int(self._lengths.max())
+        if longest > pack_length:
+            document = int(self._lengths.argmax())
+            raise ValueError(
+                f"{store.source_of(document)}: the document takes {longest} tokens, a pack has {pack_length}; the store was "
+                "built for other settings. Build it with this pack_length and share_prefix."
+            )
+        self._plans: dict[int, PackPlan] = {}
+        self._thread: _Prefetcher | None = None
+        self.packs_per_epoch = self._plan(0).num_packs
+        self.last_pack = None if epochs is None else self._packs_of(epochs)
+
+    @property
+    def fill(self) -> float:
+        """Share of all pack positions that hold a document's token."""
+        return float(self._lengths.sum()) / (self.packs_per_epoch * self._pack_length)
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps that `epochs` passes over the documents take."""
+        return math.ceil(self._packs_of(epochs) / self._global_batch_packs)
+
+    def _packs_of(self, epochs: float) -> int:
+        return math.ceil(round(epochs * self.packs_per_epoch, 6))  # 0.1 * 30 is a little over 3
+
+    def documents_of(self, step: int) -> list[np.ndarray]:
+        """Documents of each of the step's G packs, over all ranks."""
+        start = step * self._global_batch_packs
+        packs = []
+        for index in range(start, start + self._global_batch_packs):
+            if self.last_pack is not None and index >= self.last_pack:
+                packs.append(np.empty(0, np.int64))
+            else:
+                epoch, pack = divmod(index, self.packs_per_epoch)
+                packs.append(self._plan(epoch).documents(pack))
+        return packs
+
+    def micro_batches(self, step: int) -> list[Pack]:
+        """This rank's packs of a step, counted from 0."""
+        packs = self.documents_of(step)
+        work = np.array([self._work[documents].sum() for documents in packs])
+        mine = balance(work, self._data_size)[self._data_rank]
+        return [
+            build_pack(
+                self._store,
+                packs[i],
+                self._pack_length,
+                share_prefix=self._share_prefix,
+                ref_logp=self._ref_logp,
+            )
+            for i in mine
+        ]
+
+    def _plan(self, epoch: int) -> PackPlan:
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = pack_documents(self._lengths, self._pack_length, seed=self._seed, epoch=epoch)
+            kept = {e: p for e, p in self._plans.items() if e == epoch - 1}  # a step may span two epochs
+            self._plans = {**kept, epoch: plan}
+        return plan
+
+    def start(self, step: int) -> None:
+        """Begins to build the micro-batches of `step` and later ones ahead of time, in a thread."""
+        self.stop()
+        self._thread = _Prefetcher(self, step)
+
+    def next(self) -> list[Pack]:
+        """The micro-batches of the next step, counted from start()'s."""
+        if self._thread is None:
+            raise RuntimeError("PackLoader.next() was called before start()")
+        return self._thread.take()
+
+    def stop(self) -> None:
+        """Ends the thread, if there is one."""
+        if self._thread is not None:
+            self._thread.end()
+            self._thread = None
+
+
+class _Prefetcher:
+    """A thread that keeps a few steps ready. An error in it is raised again where the step is taken."""
+
+    def __init__(self, loader: PackLoader, step: int) -> None:
+        self._loader = loader
+        self._ready: queue.Queue[list[Pack] | BaseException] = queue.Queue(maxsize=_PREFETCH_STEPS)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(step,), name="pack-loader", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> list[Pack]:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._ready.put(item)  # a second call must not wait for ever
+            raise item
+        return item
+
+    def end(self) -> None:
+        self._ended.set()
+        while self._thread.is_alive():
+            while not self._ready.empty():
+                self._ready.get_nowait()
+            self._thread.join(timeout=0.05)
+
+    def _work(self, step: int) -> None:
+        try:
+            while not self._ended.is_set():
+                batch = self._loader.micro_batches(step)
+                self._put(batch)
+                step += 1
+        except BaseException as error:  # noqa: BLE001 raised again by take()
+            self._put(error)
+
+    def _put(self, item: list[Pack] | BaseException) -> None:
+        while not self._ended.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue

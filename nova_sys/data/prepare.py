@@ -1,0 +1,104 @@
+"""From a run's configuration to its tokenizer and token store; what is already there is reused.
+
+The tokenizer is the one that `data.tokenizer` names, else that of the checkpoint in `model.init_from`, else one trained on the
+run's own text. Either way a copy lies in `<run.dir>/tokenizer`, so that a checkpoint can carry it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nova_sys.config import RunConfig
+from nova_sys.data.chat import TURN_MARKERS
+from nova_sys.data.formats import Kind, expand_files, parse_record, read_objects
+from nova_sys.data.records import DialogueRecord, Message, TextPair, UnusableRecord
+from nova_sys.data.store import StoreSpec, build_store
+from nova_sys.data.token_store import TokenStore
+from nova_sys.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    tokenizer: Tokenizer
+    tokenizer_dir: Path
+    store: TokenStore
+    cache_dir: Path
+
+
+def kind_of(algorithm: str) -> Kind:
+    return "sft" if algorithm == "sft" else "pairs"
+
+
+def prepare_data(config: RunConfig, checkpoint_tokenizer: Path | None = None) -> PreparedData:
+    """Tokenises what is not tokenised yet, and opens it. Call on one rank first. Raises: ValueError for bad data or settings."""
+    run_dir = Path(config.run.dir)
+    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
+    tokenizer_dir = run_dir / "tokenizer"
+    tokenizer = _tokenizer(config, checkpoint_tokenizer, tokenizer_dir)
+    if config.model.vocab_size and tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; the model needs a row for "
+            "each. Raise model.vocab_size, or set it to 0 for the tokenizer's size"
+        )
+    spec = StoreSpec(
+        train=config.data.train,
+        tokenizer=tokenizer,
+        kind=kind_of(config.algo.name),
+        pack_length=config.data.pack_length,
+        max_length=config.data.max_length,
+        template=config.data.template,
+        share_prefix=config.data.share_prefix,
+    )
+    folder = cache_dir / f"tokens-{spec.key[:24]}"
+    if not folder.exists():
+        logger.info("data: %s", build_store(spec, folder))
+    return PreparedData(tokenizer, tokenizer_dir, TokenStore.open(folder), cache_dir)
+
+
+def _tokenizer(config: RunConfig, checkpoint_tokenizer: Path | None, tokenizer_dir: Path) -> Tokenizer:
+    source = Path(config.data.tokenizer) if config.data.tokenizer else checkpoint_tokenizer
+    if source is not None:
+        tokenizer = load_tokenizer(source)
+        if not tokenizer_dir.is_dir() or load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint:
+            tokenizer.save(tokenizer_dir)  # on the main rank, which comes first; the others find it there
+        return tokenizer
+    if (tokenizer_dir / "tokenizer.model").is_file():
+        return load_tokenizer(tokenizer_dir)
+    if not config.model.vocab_size:
+        raise ValueError(
+            "no tokenizer: data.tokenizer is empty, and so is model.vocab_size, the number of pieces to train. "
+            "Set data.tokenizer to a SentencePiece .model file or a folder with tokenizer.json, or model.vocab_size to a number such as 4096"
+        )
+    logger.info("training a SentencePiece tokenizer of %d pieces on the data", config.model.vocab_size)
+    markers = TURN_MARKERS.get(config.data.template, TURN_MARKERS["dialogue"])
+    partial = tokenizer_dir / ".partial" / "tokenizer.model"
+    train_sentencepiece(_texts(config), config.model.vocab_size, partial, markers)
+    partial.rename(tokenizer_dir / "tokenizer.model")
+    partial.parent.rmdir()
+    return load_tokenizer(tokenizer_dir)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    """What the documents say, without their templates."""
+    kind = kind_of(config.algo.name)
+    for number, path in enumerate(expand_files(config.data.train)):
+        for source, value in read_objects(path, number):
+            try:
+                record = parse_record(value, source, kind)
+            except UnusableRecord:
+                continue
+            if isinstance(record, TextPair):
+                yield from (record.prompt, record.chosen, record.rejected)
+            elif isinstance(record, DialogueRecord):
+                yield from _contents(record.messages)
+            else:
+                yield from _contents(record.prompt + record.chosen + record.rejected)
+
+
+def _contents(messages: list[Message]) -> Iterator[str]:
+    yield from (str(message.get("content") or "") for message in messages)

@@ -1,0 +1,80 @@
+"""Throughput, memory and model-FLOPs utilisation of a step.
+
+FLOPs are what the packs needed, not what ran: padding, recomputation and masked attention tiles do not count. A multiply-add is two
+FLOPs; the backward pass costs twice the forward.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nova_sys.config import ModelConfig
+from nova_sys.data.batch import Pack
+from nova_sys.parallel import Parallel
+
+# Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity).
+PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+
+
+def attention_area(segments_S4: np.ndarray) -> int:
+    """Allowed (query, key) pairs of a pack: causal within each segment, plus every branch token against its prefix."""
+    start, end, prefix_start, prefix_end = segments_S4.astype(np.int64).T
+    length = end - start
+    return int((length * (length + 1) // 2 + length * (prefix_end - prefix_start)).sum())
+
+
+def training_flops(model: ModelConfig, head_dim: int, vocab_size: int, pack: Pack) -> float:
+    """Forward and backward FLOPs of one pack: projections on its tokens, attention on its area, the head on its response rows."""
+    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.hidden_size
+    projections = width * head_dim * (2 * heads + 2 * kv_heads) + 3 * width * model.ffn_hidden_size
+    padding = len(pack.tokens_T) - pack.num_tokens
+    area = attention_area(pack.segments_S4) - padding * (padding + 1) // 2
+    forward = 2.0 * model.num_layers * (projections * pack.num_tokens + 2 * heads * head_dim * area)
+    forward += 2.0 * width * vocab_size * len(pack.row_R)
+    return 3.0 * forward
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of this process so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StepClock:
+    """Turns a step's packs and seconds into the record's throughput fields, summed over the data-parallel ranks."""
+
+    def __init__(self, model: ModelConfig, parallel: Parallel, *, head_dim: int, vocab_size: int) -> None:
+        self.model, self.parallel, self.head_dim, self.vocab_size = model, parallel, head_dim, vocab_size
+        name = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else ""
+        self.peak_flops = next((1e12 * v for k, v in PEAK_BF16_TFLOPS.items() if k in name), None)
+
+    def record(self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float) -> dict[str, float]:
+        local = [
+            float(sum(p.num_tokens for p in packs)),
+            float(sum(len(p.tokens_T) for p in packs)),
+            float(sum(len(p.document_P) for p in packs)),
+            sum(training_flops(self.model, self.head_dim, self.vocab_size, p) for p in packs),
+            data_wait_s,
+        ]
+        sums = torch.tensor(local, dtype=torch.float64, device=self.parallel.device)
+        dist.all_reduce(sums, group=self.parallel.groups.dp)  # now the global batch's, on every rank
+        tokens, slots, documents, flops, wait = sums.tolist()
+        world = self.parallel.world_size
+        record = {
+            "tokens_per_s": tokens / step_time_s,
+            "tokens_per_s_per_gpu": tokens / step_time_s / world,
+            "pairs_per_s": documents / step_time_s,
+            "step_time_s": step_time_s,
+            "data_wait_ms": 1e3 * wait / self.parallel.data_size,
+            "fill": tokens / slots,
+            "peak_gib": peak_memory_gib(self.parallel.device),
+        }
+        if self.peak_flops is not None:
+            record["mfu"] = flops / step_time_s / world / self.peak_flops
+        return record

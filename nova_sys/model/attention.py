@@ -1,0 +1,101 @@
+"""Core attention on packs: KV shifting, rotary positions and attention by the segment rules of the token layout.
+
+T packed tokens, N query heads, K key/value heads, H head dim (per tensor-parallel rank); S segments; F rotary_dim / 2.
+Megatron's own rotary code restarts at every boundary and cannot give a branch its prefix's positions, so the model is built
+with position_embedding_type="none" and everything between the projections happens here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from nova_kernels import kv_shift_rope, packed_attention
+from nova_kernels.kv_shift_rope import rope_tables
+from nova_kernels.segments import SegmentIndex
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """What a layer needs to know of a pack. Travels through Megatron's layers in the place of its PackedSeqParams."""
+
+    segments_S4: torch.Tensor
+    index: SegmentIndex
+    qkv_format: str = "thd"  # Megatron then drops the batch dim of q, k and v: (T, 1, N, H) -> (T, N, H)
+
+
+class PackedCoreAttention(torch.nn.Module):
+    """q, k, v of one pack -> attention output, with the optional KV-shift scalars as its only parameters.
+
+    k_mix_K2, v_mix_K2: (K, 2) fp32-initialised, index 0 weighs the previous token and index 1 the current one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        kv_shift: bool,
+        rope_base: float,
+        max_positions: int,
+        backend: str,
+        **_: Any,  # layer_number, attn_mask_type, attention_type, ...: Megatron passes them to every core attention
+    ) -> None:
+        super().__init__()
+        head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+        cos_PF, sin_PF = rope_tables(max_positions, head_dim, rope_base)
+        self.register_buffer("cos_PF", cos_PF, persistent=False)
+        self.register_buffer("sin_PF", sin_PF, persistent=False)
+        self.backend = backend
+        self.k_mix_K2 = self.v_mix_K2 = None
+        if kv_shift:
+            heads = (config.num_query_groups or config.num_attention_heads) // config.tensor_model_parallel_size
+            self.k_mix_K2, self.v_mix_K2 = (self._mix(heads, config) for _ in range(2))
+
+    @staticmethod
+    def _mix(heads: int, config: TransformerConfig) -> torch.nn.Parameter:
+        mix_K2 = torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=config.params_dtype).repeat(heads, 1))
+        set_tensor_model_parallel_attributes(mix_K2, is_parallel=True, dim=0, stride=1)
+        return mix_K2
+
+    def forward(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        attention_mask: None = None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: PackLayout | None = None,
+    ) -> torch.Tensor:
+        assert packed_seq_params is not None, "every forward runs on a pack"
+        segments_S4, index = packed_seq_params.segments_S4, packed_seq_params.index
+        q_TNH, k_TKH, v_TKH = kv_shift_rope(
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            segments_S4,
+            self.k_mix_K2,
+            self.v_mix_K2,
+            self.cos_PF,
+            self.sin_PF,
+            schedule=index,
+            backend=self.backend,
+        )
+        out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend)
+        return out_TNH.flatten(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Checkpoint layout: the scalars are split over the tensor-parallel ranks along the KV heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"k_mix_K2": 0, "v_mix_K2": 0},
+            sharded_offsets,
+        )

@@ -1,0 +1,35 @@
+"""The model: Megatron-core's GPTModel, fed with packs and answering with log-probabilities of response rows."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from nova_sys.data.batch import DevicePack
+from nova_sys.model.attention import PackLayout
+from nova_sys.model.output_layer import LogprobOutputLayer
+
+
+class PackedGPT(GPTModel):
+    """One pipeline stage (or chunk) of a decoder that runs on packs.
+
+    forward(pack) returns
+      - on the last stage: logp_R (R,) fp32, the log-probability of each response row's target; for a pack whose `target_R`
+        is None, the rows' logits (R, vocab_size) fp32;
+      - on other stages: hidden (T, 1, D), or (T/tp, 1, D) under sequence parallelism.
+    """
+
+    def forward(self, pack: DevicePack) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        embedded_SBD = None
+        if self.pre_process:
+            embedded_SBD = self.embedding(input_ids=pack.tokens_T[None], position_ids=None)
+        hidden_SBD = self.decoder(
+            hidden_states=embedded_SBD,
+            attention_mask=None,
+            packed_seq_params=PackLayout(pack.segments_S4, pack.index),
+        )
+        if not self.post_process:
+            return hidden_SBD
+        assert isinstance(self.output_layer, LogprobOutputLayer)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_SBD, pack.row_R, pack.target_R, weight=weight)

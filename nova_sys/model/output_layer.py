@@ -1,0 +1,98 @@
+"""The output layer: log-probabilities of response rows instead of logits.
+
+T packed tokens, R response rows, D hidden, V padded vocabulary (V/tp per rank).
+It is a ColumnParallelLinear whose `forward` does all the work, so that Megatron's parameter-gather and gradient overlap,
+which hook into the layer's forward and its weight, go on working.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from nova_kernels import linear_logprob
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of a hidden state that is split by token over the group (sequence parallelism) -> all rows, on every rank.
+
+    Only the wanted rows travel. The gradient arrives already summed over the group (linear_logprob's contract), so the
+    backward pass takes this rank's own rows and needs no communication.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: torch.Tensor, row_R: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        first = dist.get_rank(group) * hidden_TD.size(0)
+        mine_R = (row_R >= first) & (row_R < first + hidden_TD.size(0))
+        ctx.save_for_backward(mine_R, row_R - first)
+        ctx.shape = hidden_TD.shape
+        rows_RD = hidden_TD.new_zeros(row_R.numel(), hidden_TD.size(1))
+        rows_RD[mine_R] = hidden_TD[(row_R - first)[mine_R]]
+        dist.all_reduce(rows_RD, group=group)  # every row has one owner: the sum is the concatenation, bit for bit
+        return rows_RD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (drows_RD,) = grads
+        mine_R, local_R = ctx.saved_tensors
+        dhidden_TD = torch.zeros(ctx.shape, dtype=torch.float32, device=drows_RD.device)
+        dhidden_TD.index_add_(0, local_R[mine_R], drows_RD[mine_R].float())
+        return dhidden_TD.to(drows_RD.dtype), None, None
+
+
+class LogprobOutputLayer(ColumnParallelLinear):
+    """hidden, row_R, target_R -> logp_R (R,) fp32. Without targets: the rows' logits (R, vocab_size), for generation."""
+
+    vocab_size: int
+    normalize_weight: bool
+    backend: str
+
+    @classmethod
+    def adopt(
+        cls, layer: ColumnParallelLinear, *, vocab_size: int, normalize_weight: bool, backend: str = "auto"
+    ) -> LogprobOutputLayer:
+        """Turns the output layer that GPTModel built into ours, keeping its weight, its group and its place in the model."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.vocab_size, layer.normalize_weight, layer.backend = vocab_size, normalize_weight, backend
+        return layer
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_SBD: torch.Tensor,
+        row_R: torch.Tensor,
+        target_R: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden_TD = hidden_SBD.squeeze(1)
+        weight_VD = self.weight if weight is None else weight
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        if self.sequence_parallel and group is not None:
+            hidden_TD = _GatherRows.apply(hidden_TD, row_R, group)
+            row_R = torch.arange(row_R.numel(), device=row_R.device)
+        if target_R is None:
+            return self._logits(hidden_TD[row_R], weight_VD, group)
+        return linear_logprob(
+            hidden_TD,
+            weight_VD,
+            row_R,
+            target_R,
+            vocab_size=self.vocab_size,
+            normalize_weight=self.normalize_weight,
+            tp_group=group,
+            backend=self.backend,
+        ).logp_R
+
+    def _logits(
+        self, rows_RD: torch.Tensor, weight_VD: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        if self.normalize_weight:
+            weight_VD = torch.nn.functional.normalize(weight_VD.float(), dim=1).to(weight_VD.dtype)
+        logits_RV = (rows_RD @ weight_VD.T).float()
+        if group is not None:
+            parts = [torch.empty_like(logits_RV) for _ in range(group.size())]
+            dist.all_gather(parts, logits_RV.contiguous(), group=group)  # now every rank's slice of the vocabulary
+            logits_RV = torch.cat(parts, dim=1)
+        return logits_RV[:, : self.vocab_size]

@@ -1,0 +1,67 @@
+"""Which modules a transformer layer is made of: Megatron's linear layers, our norm and our attention.
+
+All construction of Megatron modules stays in `nova_sys.model`, because GPTModel's neighbours change between releases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from nova_sys.model.attention import PackedCoreAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight. Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes:
+    its gradient is then summed over the tensor-parallel ranks, which see different tokens."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x_SBD, (x_SBD.size(-1),), self.weight, self.eps)
+
+
+def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention,  # pyright: ignore[reportArgumentType]
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def core_attention_spec(*, kv_shift: bool, rope_base: float, max_positions: int, backend: str = "auto") -> ModuleSpec:
+    return ModuleSpec(
+        module=PackedCoreAttention,
+        params={"kv_shift": kv_shift, "rope_base": rope_base, "max_positions": max_positions, "backend": backend},
+    )

@@ -1,0 +1,160 @@
+"""Process groups of a run: the only file that touches Megatron's parallel_state. Groups travel downward as arguments.
+
+Ranks are ordered tensor-parallel first, then data-parallel, then pipeline: neighbours share a node's fast links.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nova_sys.config import ParallelConfig
+from nova_sys.cpu_mode import enable_cpu_mode, use_cpu_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This rank's place in the layout, and the groups it talks to."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int
+    data_rank: int
+    data_size: int
+    sequence: bool
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that logs and writes the run's small files."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def counts_once(self) -> bool:
+        """True on one rank per data-parallel replica: last pipeline stage, first tensor-parallel rank. Sums count there."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def first_stage(self, chunk: int) -> bool:
+        return self.pipeline_rank == 0 and chunk == 0
+
+    def last_stage(self, chunk: int) -> bool:
+        return self.is_last_stage and chunk == self.virtual_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this pipeline: the source of broadcasts of what only that stage knows."""
+        return dist.get_global_rank(self.groups.pp, self.pipeline_size - 1)
+
+    def describe(self) -> str:
+        return (
+            f"{self.world_size} ranks = tensor {self.tensor_size}{' + sequence' if self.sequence else ''} x pipeline "
+            f"{self.pipeline_size}{f' x {self.virtual_size} chunks' if self.virtual_size > 1 else ''} x data {self.data_size}"
+        )
+
+
+def current_world_size() -> int:
+    """Ranks of this job, before or after it was joined."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
+    """Joins the job (NCCL on GPUs, gloo without), builds every group, and seeds Megatron's random trackers.
+
+    Raises: ValueError when tensor * pipeline does not divide the world size.
+    """
+    world = current_world_size()
+    if world % (config.tensor * config.pipeline):
+        raise ValueError(
+            f"parallel: tensor={config.tensor} * pipeline={config.pipeline} = {config.tensor * config.pipeline} does not divide "
+            f"the {world} ranks of this job; lower one of them, or start a multiple of that many ranks with --nproc"
+        )
+    use_cpu_threads()
+    enable_cpu_mode()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=config.timeout_s),
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=world,
+        )
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=world,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=config.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=config.pipeline,
+        virtual_size=config.virtual_pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        sequence=config.sequence,
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+@contextmanager
+def parallel_run(config: ParallelConfig, *, seed: int) -> Iterator[Parallel]:
+    """`build_parallel`, and on leaving takes down what it built (also after an error)."""
+    joined_before = dist.is_initialized()
+    parallel = build_parallel(config, seed=seed)
+    try:
+        yield parallel
+    finally:
+        parallel_state.destroy_model_parallel()
+        if not joined_before:
+            dist.destroy_process_group()
+
+
+def sum_over_data_parallel(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """Sums what `counts_once` ranks hold over the whole job; other ranks' values are ignored. Every rank gets the sum."""
+    total = values if parallel.counts_once else torch.zeros_like(values)
+    dist.all_reduce(total)  # now the job's sum, on every rank and stage
+    return total
+
+
+@contextmanager
+def shared_scratch(parallel: Parallel) -> Iterator[Path]:
+    """A temporary folder of the main rank that all ranks of one machine see, removed at the end."""
+    box = [tempfile.mkdtemp(prefix="nova_") if parallel.is_main else ""]
+    dist.broadcast_object_list(box, src=0)  # now every rank knows the folder
+    try:
+        yield Path(box[0])
+    finally:
+        if parallel.is_main:
+            shutil.rmtree(box[0], ignore_errors=True)

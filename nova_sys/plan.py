@@ -1,0 +1,48 @@
+"""`--dry-run`: what a run would do, without starting its ranks. The data is tokenised and packed, because the steps depend on it."""
+
+from __future__ import annotations
+
+import math
+
+from nova_sys.config import RunConfig
+from nova_sys.config_io import check
+from nova_sys.data.loader import PackLoader
+from nova_sys.data.prepare import prepare_data
+from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size
+
+
+def plan_text(config: RunConfig, world_size: int) -> str:
+    """Layout, parameters, packs and steps of the run on `world_size` ranks, one fact per line. Raises: ValueError as the run would."""
+    check(config, world_size)
+    data = prepare_data(config)
+    model, parallel, train = config.model, config.parallel, config.train
+    vocab_size = model.vocab_size or data.tokenizer.vocab_size
+    data_size = world_size // (parallel.tensor * parallel.pipeline)
+    loader = PackLoader(
+        data.store,
+        pack_length=config.data.pack_length,
+        global_batch_packs=train.global_batch_packs,
+        data_rank=0,
+        data_size=data_size,
+        seed=train.seed,
+        share_prefix=config.data.share_prefix,
+    )
+    steps = train.steps or loader.steps_for(train.epochs)
+    tokens = int(data.store.document_lengths(config.data.share_prefix).sum())
+    lines = {
+        "algorithm": config.algo.name + (f" (beta {config.algo.beta}, reference: {config.algo.reference})" if config.algo.name == "dpo" else ""),
+        "layout": f"{world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_size}"
+        + (f", {parallel.virtual_pipeline} chunks per stage" if parallel.virtual_pipeline > 1 else "")
+        + (", sequence parallel" if parallel.sequence else ""),
+        "model": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads of {head_dim(model)}, "
+        f"FFN {model.ffn_hidden_size}, vocabulary {vocab_size:,} (padded to {padded_vocab_size(vocab_size):,})",
+        "parameters": f"{count_parameters(model, vocab_size):,}",
+        "documents": f"{data.store.num_documents:,} ({tokens:,} tokens)",
+        "packs per epoch": f"{loader.packs_per_epoch:,} of {config.data.pack_length:,} tokens, {tokens / loader.packs_per_epoch / config.data.pack_length:.1%} filled",
+        "global batch": f"{train.global_batch_packs} packs = {train.global_batch_packs // data_size} micro-batches on each of {data_size} replicas",
+        "steps": f"{steps:,} ({steps * train.global_batch_packs / loader.packs_per_epoch:.2f} epochs)",
+        "recomputation": train.recompute
+        + (f" in blocks of {train.recompute_layers or round(math.sqrt(model.num_layers))} layers" if train.recompute == "full" else ""),
+    }  # fmt: skip
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -1,0 +1,89 @@
+"""Reference log-probs: one forward pass over the data, kept on disk; or a frozen copy of the policy's first weights.
+
+The cache is an array (num_responses,) fp32 of summed log-probabilities in nats, in the order of the token store, under a key of
+(weights, tokenised data, precision, prefix sharing). A run that starts from the same weights on the same data reuses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nova_sys.data.batch import Pack
+from nova_sys.data.loader import PackLoader
+from nova_sys.parallel import Parallel
+from nova_sys.step import response_logps
+
+
+def cache_key(weights_identity: str, data_key: str, precision: str, share_prefix: bool) -> str:
+    text = json.dumps([weights_identity, data_key, precision, share_prefix])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def compute_logps(
+    chunks: Sequence[torch.nn.Module],
+    loader: PackLoader,
+    num_responses: int,
+    parallel: Parallel,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Summed log-probability of every response (num_responses,) fp32, by one pass over an epoch; the same on every rank.
+
+    Raises: RuntimeError when a response was not scored (its log-prob would be silently wrong).
+    """
+    logp = torch.full((num_responses,), 0.0, dtype=torch.float64)
+    seen = torch.zeros(num_responses, dtype=torch.float64)
+    steps = loader.steps_for(1.0)
+    for step in range(steps):
+        packs = loader.micro_batches(step)
+        for pack, logp_B in zip(packs, response_logps(chunks, packs, parallel), strict=False):
+            if parallel.counts_once:
+                response_B = torch.from_numpy(pack.response_B)
+                logp[response_B] = logp_B.double().cpu()
+                seen[response_B] = 1
+        if on_step is not None:
+            on_step(step + 1, steps)
+    both = torch.stack([logp, seen]).to(parallel.device)
+    dist.all_reduce(both)  # now every response's log-prob, from the one rank that scored it
+    if not bool((both[1] == 1).all()):
+        raise RuntimeError(f"{int((both[1] != 1).sum())} of {num_responses} responses were not scored exactly once")
+    return both[0].float().cpu().numpy()
+
+
+def cached_logps(path: Path, compute: Callable[[], np.ndarray], parallel: Parallel) -> tuple[np.ndarray, bool]:
+    """The array at `path`, computed and written (atomically, by the main rank) if it is not there. Returns (array, was there)."""
+    there = [path.is_file()]
+    dist.broadcast_object_list(there, src=0)  # now all ranks agree, whatever their view of the disk
+    if not there[0]:
+        logp = compute()
+        if parallel.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, logp)
+            partial.rename(path)
+        return logp, False
+    return np.load(path), True
+
+
+class OnlineReference:
+    """A frozen copy of the initial weights that scores each global batch just before the policy trains on it."""
+
+    def __init__(self, chunks: Sequence[Any], parallel: Parallel) -> None:
+        self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
+        self.parallel = parallel
+
+    def score(self, packs: list[Pack]) -> list[Pack]:
+        """The same packs with `ref_logp_B` filled in, on last-stage ranks; other stages do not need it."""
+        scored = response_logps(self.chunks, packs, self.parallel)
+        if not scored:
+            return packs
+        return [replace(p, ref_logp_B=logp_B.float().cpu().numpy()) for p, logp_B in zip(packs, scored, strict=True)]
