@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs CMakeLists.txt into the folder where setuptools expects the extension."""
+    """Builds CMakeLists.txt and installs into the folder where setuptools expects the extension."""
 
     def build_extension(self, ext: Extension) -> None:
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nova_sys.config import CheckpointConfig, ModelConfig
+from nova_sys.optimizer import allocate_state, load_optimizer
 
 FORMAT = 1
 DESCRIPTION = "nova.json"
@@ -178,13 +179,14 @@ class Checkpointer:
     def resume(self, checkpoint: Path, chunks: Sequence[Any], optimizer: Any) -> int:
         """Restores weights, optimizer and (on the same number of ranks) random states. Returns the number of steps done."""
         saved = read_description(checkpoint)
+        allocate_state(optimizer)
         state = self._state(chunks, optimizer, 0, is_loading=True)
         if saved.world_size != self.world_size:
             state.pop("rng")
         loaded = dist_checkpointing.load(state, str(checkpoint))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{index}"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
         if "rng" in loaded:
             torch.set_rng_state(loaded["rng"])
         return saved.step

@@ -133,6 +133,9 @@ def generate(
         Path | None, typer.Option(metavar="F", help="A file with one prompt per line.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="A prompt is a user's turn for the chat template.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Continue prompts greedily with a checkpoint's model."""
@@ -141,7 +144,8 @@ def generate(
         raise ValueError("no prompts: give them after the checkpoint, or --file with one per line")
     from nova_sys.generate import generate_greedy
 
-    answers = generate_greedy(checkpoint, texts, max_new_tokens, overrides=overrides or [])
+    asked = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    answers = generate_greedy(checkpoint, asked, max_new_tokens, overrides=overrides or [])
     for prompt, answer in zip(texts, answers, strict=True):
         typer.echo(f"{prompt}{answer}")
 

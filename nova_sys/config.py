@@ -14,10 +14,10 @@ FORBID_UNKNOWN_KEYS = {"extra": "forbid"}  # read by the validator in config_io
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     dir: str = "runs/default"
-    """Folder of the run: checkpoints/, tensorboard/, metrics.jsonl, config.toml, tokenizer/, profile/."""
+    """Folder of the run: checkpoints/, tensorboard/, metrics.jsonl, tokenizer/, cache/."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the last complete checkpoint in `dir` if there is one. never: refuse a folder that holds a run."""
 
@@ -26,7 +26,7 @@ class RunSection:
 class ModelConfig:
     """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
 
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     num_layers: int = 4
     hidden_size: int = 256
@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     train: str | list[str] = ""
     """JSON-lines files, plain or .gz: a path, a glob, or a list of them."""
@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgoConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     name: Literal["sft", "dpo"] = "dpo"
     loss: Literal["sigmoid"] = "sigmoid"
@@ -88,7 +88,7 @@ class AlgoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     steps: int = 0
     """Optimizer steps; 0: as many as `epochs` need."""
@@ -110,7 +110,7 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW, linear warm-up, cosine decay."""
 
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     lr: float = 1e-4
     min_lr: float = 0.0
@@ -127,7 +127,7 @@ class OptimizerConfig:
 class ParallelConfig:
     """Ranks = tensor * pipeline * data; the data-parallel size is what remains of the world."""
 
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     tensor: int = 1
     pipeline: int = 1
@@ -142,7 +142,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     every_steps: int = 0
     """Save every so many steps; 0: only at the end."""
@@ -154,7 +154,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     tensorboard: bool = True
     progress: bool = True
@@ -168,7 +168,7 @@ class LogConfig:
 class RunConfig:
     """The whole run."""
 
-    __pydantic_config__: ClassVar = FORBID_UNKNOWN_KEYS
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -14,34 +14,45 @@ import torch
 import torch.distributed as dist
 
 from nova_sys.data.batch import DevicePack, Pack
-from nova_sys.data.chat import prompt_text
 from nova_sys.data.packing import pack_documents
+from nova_sys.data.records import Message
+from nova_sys.data.render import Renderer
 from nova_sys.inference import LoadedModel, checkpoint_config, load_model
 from nova_sys.parallel import Parallel, parallel_run
 from nova_sys.step import run_schedule
 
 
 def generate_greedy(
-    checkpoint: str | Path, prompts: Sequence[str], max_new_tokens: int, *, overrides: Sequence[str] = ()
+    checkpoint: str | Path,
+    prompts: Sequence[str | list[Message]],
+    max_new_tokens: int,
+    *,
+    overrides: Sequence[str] = (),
 ) -> list[str]:
-    """The most probable continuation of each prompt, in order, without its end-of-text token.
+    """The most probable continuation of each prompt, in order, without the token that ends it.
 
-    A prompt goes through the template that the checkpoint was trained with, as a user turn; with strings as data it is taken as it is.
-    Raises: ValueError when a prompt leaves no room for an answer in a pack.
+    Args:     prompts: plain texts, or dialogues (lists of messages) that go through the chat template the checkpoint was trained
+              with. overrides: `key=value`, e.g. "parallel.tensor=2" when called on two ranks.
+    Raises:   ValueError when a prompt leaves no room for an answer in a pack.
     """
     folder, config = checkpoint_config(checkpoint, overrides)
     with parallel_run(config.parallel, seed=config.train.seed) as parallel:
         model = load_model(folder, config, parallel)
-        texts = [prompt_text(prompt, model.tokenizer, config.data.template) for prompt in prompts]
-        ids = [model.tokenizer.encode(text) for text in texts]
-        return [model.tokenizer.decode(answer) for answer in greedy_ids(model, ids, max_new_tokens, parallel)]
+        renderer = Renderer(model.tokenizer, config.data.template, "pairs")
+        ids = [renderer.prompt_ids(prompt) for prompt in prompts]
+        answers = greedy_ids(model, ids, max_new_tokens, renderer.stop_ids(), parallel)
+        return [model.tokenizer.decode(answer) for answer in answers]
 
 
 def greedy_ids(
-    model: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, parallel: Parallel
+    model: LoadedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stop_ids: set[int],
+    parallel: Parallel,
 ) -> list[list[int]]:
-    """Token ids of each prompt's continuation, cut before the end-of-text token; the same on every rank."""
-    pack_length, end = model.config.data.pack_length, model.tokenizer.eos_id
+    """Token ids of each prompt's continuation, cut before the first of `stop_ids`; the same on every rank."""
+    pack_length = model.config.data.pack_length
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= pack_length - max_new_tokens:
             raise ValueError(
@@ -60,7 +71,7 @@ def greedy_ids(
         packs = [_prompt_pack([prompts[i] + answers[i] for i in group], pack_length) for group in groups]
         for group, tokens in zip(groups, _most_probable(model, packs, parallel), strict=True):
             for i, token in zip(group, tokens, strict=True):
-                done[i] = token == end
+                done[i] = token in stop_ids
                 if not done[i]:
                     answers[i].append(token)
     return answers

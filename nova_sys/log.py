@@ -29,11 +29,16 @@ KNOWN_WARNINGS = [
     (r"The \.grad attribute of a Tensor that is not a leaf", r"nova_sys\.cpu_mode"),
 ]
 
+CHATTY_LOGGERS = ["megatron.core.rerun_state_machine"]  # warn about their own start-up
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}
+
 
 def quiet_third_party() -> None:
-    """Silences `KNOWN_WARNINGS`, for good. `describe_fallbacks` tells what they were about."""
+    """Silences what is known, for good. `describe_fallbacks` tells what the import warnings meant."""
     for message, module in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def describe_fallbacks() -> str:
@@ -64,12 +69,10 @@ def console() -> Console:
 
 
 class _ConsoleHandler(logging.Handler):
-    STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}
-
     def emit(self, record: logging.LogRecord) -> None:
         console().print(
             self.format(record).rstrip(),
-            style=self.STYLES.get(record.levelno),
+            style=STYLES.get(record.levelno),
             soft_wrap=True,  # a log file wants one line per message
             markup=False,
             highlight=False,
@@ -93,5 +96,5 @@ def setup_logging(rank: int | None = None) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     root.addHandler(handler)
     root.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    for package in ("nova_sys", "nova_kernels"):
+    for package in ("nova_sys", "nova_kernels", "__main__"):  # __main__: python -m nova_sys.train
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.WARNING)

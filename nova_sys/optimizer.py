@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,3 +79,45 @@ def build_schedule(optimizer: Any, config: OptimizerConfig, *, total_steps: int)
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
     )
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads a checkpoint's optimizer state, with torch's AdamW put right.
+
+    Megatron's reader was written for fused Adams, whose step count lies in the parameter group. torch keeps one per weight: the
+    reader (0.16.1) does not find it among the loaded tensors, and gives all weights the same tensor, which would then be
+    incremented once per weight and step.
+    """
+    for part in _torch_parts(optimizer):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
+    optimizer.load_state_dict(state)
+    for part in _torch_parts(optimizer):
+        for values in part.optimizer.state.values():
+            values["step"] = values["step"].clone()
+
+
+def _set_with_step(part: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    main_param = part.optimizer.param_groups[group]["params"][order]
+    step = part.optimizer.state[main_param]["step"]  # already loaded, from the parameter group
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Gives torch's AdamW its state before the first step, which Megatron's checkpoint reader expects to find."""
+    for part in _torch_parts(optimizer):
+        inner = part.optimizer
+        for param in (param for group in inner.param_groups for param in group["params"]):
+            if not inner.state[param]:
+                inner.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _torch_parts(optimizer: Any) -> list[Any]:
+    """Megatron optimizers that hold torch's AdamW; apex's and Transformer Engine's Adam need no help."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]

@@ -12,6 +12,7 @@ import inspect
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 
 def seeded_normal(
@@ -89,7 +90,7 @@ def assert_close_to(
     Args:  slack: absolute; by default four rounding steps of got's dtype at the largest value.
     """
     if slack is None:
-        finite = reference_fp64[torch.isfinite(reference_fp64)]
+        finite = reference_fp64.detach()[torch.isfinite(reference_fp64)]
         largest = float(finite.abs().max()) if finite.numel() else 0.0
         slack = 4 * torch.finfo(got.dtype).eps * largest
     error = max_error(reference_fp64, got)
@@ -151,21 +152,29 @@ def run_ranks(
 
     Each process computes on one thread. `fn` must be a module-level function; arguments and
     results travel as files, so tensors and picklable objects are fine.
-    Returns:  the results in rank order.   Raises: what a rank raised (with its traceback), or
-              TimeoutError; the other processes are ended first.
+    Returns:  the results in rank order.
+    Raises:   RuntimeError with the traceback of the rank that failed first, or TimeoutError; the
+              other processes are ended before.
     """
     with tempfile.TemporaryDirectory(prefix="nova_ranks_") as folder:
         torch.save(args, Path(folder) / "args.pt")
         source = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
         rank_args = (world_size, folder, source, timeout_s)
-        context = mp.spawn(_rank_main, rank_args, nprocs=world_size, join=False)
+        context = spawn(_rank_main, rank_args, nprocs=world_size, join=False)
+        assert context is not None
         deadline = time.monotonic() + timeout_s
         try:
+            # A rank that dies makes its peers fail too: report the first, not the one seen first.
             while not context.join(timeout=max(0.1, deadline - time.monotonic())):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{fn.__qualname__}: ranks still ran after {timeout_s:g} s")
+        except (ProcessRaisedException, ProcessExitedException):
+            reports = sorted(Path(folder).glob("error_*"), key=lambda file: file.stat().st_mtime_ns)
+            if not reports:
+                raise
+            raise RuntimeError(reports[0].read_text()) from None
         finally:
-            for process in context.processes:
+            for process in filter(None, context.processes):
                 if process.is_alive():
                     process.kill()
                 process.join()
@@ -191,6 +200,9 @@ def _rank_main(
     try:
         torch.save(fn(rank, *args), Path(folder) / f"result_{rank}.pt")
         dist.barrier()  # now no rank waits for one that has left
+    except BaseException:
+        (Path(folder) / f"error_{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from nova_kernels.segments import SegmentIndex, segment_index
 
+from nova_kernels.segments import SegmentIndex, segment_index
 from nova_sys.data.store import TokenStore
 
 
@@ -35,16 +35,19 @@ class DevicePack:
 
 @dataclass(frozen=True)
 class Pack:
-    """A micro-batch. Sequences are numbered in document order: for pairs, 2p is chosen and 2p + 1 rejected."""
+    """A micro-batch. Sequences are numbered in document order: for pairs, 2p is chosen and 2p + 1
+    rejected."""
 
     tokens_T: np.ndarray
     """int64 (pack_length,); 0 in the padding."""
     segments_S4: np.ndarray
-    """int32 (S, 4): start, end, prefix_start, prefix_end. A trunk's prefix range is (start, start)."""
+    """int32 (S, 4): start, end, prefix_start, prefix_end. A trunk's prefix range is (start,
+    start)."""
     row_R: np.ndarray
     """int64 (R,): position whose hidden state predicts a loss-carrying token."""
     target_R: np.ndarray | None
-    """int64 (R,): that token. None: there is no target; the model answers with logits (generation)."""
+    """int64 (R,): that token. None: there is no target; the model answers with logits
+    (generation)."""
     sequence_R: np.ndarray
     """int64 (R,): the sequence it belongs to, ascending."""
     response_B: np.ndarray
@@ -80,6 +83,56 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where each sequence's response and prefix stand, in the store (source) and in the pack."""
+
+    owner_B: np.ndarray
+    """Index into the pack's documents."""
+    part_B: np.ndarray
+    source_B: np.ndarray
+    length_B: np.ndarray
+    start_B: np.ndarray
+    prefix_source_B: np.ndarray
+    prefix_length_B: np.ndarray
+    prefix_start_B: np.ndarray
+    is_trunk_B: np.ndarray
+    """A copy of the prefix stands right in front of this response."""
+
+    @property
+    def end_B(self) -> np.ndarray:
+        return self.start_B + self.length_B
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.end_B[-1]) if len(self.start_B) else 0
+
+
+def _lay_out(store: TokenStore, document_P: np.ndarray, share_prefix: bool) -> _Layout:
+    first_part = store.document_parts[document_P]
+    num_responses = store.document_parts[document_P + 1] - first_part - 1
+    owner_B = np.repeat(np.arange(len(document_P)), num_responses)
+    part_B = _ranges(first_part + 1, num_responses)
+    source_B = store.part_offsets[part_B]
+    length_B = store.part_offsets[part_B + 1] - source_B
+    prefix_source_B = store.part_offsets[first_part][owner_B]
+    prefix_length_B = store.part_offsets[first_part + 1][owner_B] - prefix_source_B
+    is_trunk_B = (np.diff(owner_B, prepend=-1) > 0) | (not share_prefix)
+    start_B = np.cumsum(length_B + prefix_length_B * is_trunk_B) - length_B
+    trunk_B = np.flatnonzero(is_trunk_B)[np.cumsum(is_trunk_B) - 1]  # whose prefix it attends to
+    return _Layout(
+        owner_B=owner_B,
+        part_B=part_B,
+        source_B=source_B,
+        length_B=length_B,
+        start_B=start_B,
+        prefix_source_B=prefix_source_B,
+        prefix_length_B=prefix_length_B,
+        prefix_start_B=(start_B - prefix_length_B)[trunk_B],
+        is_trunk_B=is_trunk_B,
+    )
+
+
 def build_pack(
     store: TokenStore,
     documents: Sequence[int] | np.ndarray,
@@ -90,86 +143,56 @@ def build_pack(
 ) -> Pack:
     """Lays documents out in one pack of exactly `pack_length` tokens.
 
-    share_prefix: trunk `prefix | response_0`, then one branch per further response; the last prefix row then predicts the
-    first token of every response. Otherwise every response is its own trunk `prefix | response_i`. No documents: padding.
+    share_prefix: trunk `prefix | response_0`, then one branch per further response; the last prefix
+    row then predicts the first token of every response. Otherwise every response is its own trunk
+    `prefix | response_i`. No documents: padding.
 
     Args:     ref_logp (store.num_responses,) float32: reference log-probs by response id.
     Raises:   ValueError when the documents do not fit.
     """
     document_P = np.asarray(documents, np.int64)
-    first_part = store.document_parts[document_P]
-    num_responses = store.document_parts[document_P + 1] - first_part - 1
-    owner_B = np.repeat(np.arange(len(document_P)), num_responses)
-    is_first_B = np.diff(owner_B, prepend=-1) > 0
-    part_B = _ranges(first_part + 1, num_responses)
-    source_B = store.part_offsets[part_B]  # where the response stands in the store
-    length_B = store.part_offsets[part_B + 1] - source_B
-    prefix_source_B = store.part_offsets[first_part][owner_B]
-    prefix_B = store.part_offsets[first_part + 1][owner_B] - prefix_source_B
-    has_copy_B = is_first_B | (not share_prefix)  # a prefix stands in front of this response
-
-    end_B = np.cumsum(length_B + prefix_B * has_copy_B)
-    start_B = end_B - length_B
-    num_tokens = int(end_B[-1]) if len(end_B) else 0
-    if num_tokens > pack_length:
+    at = _lay_out(store, document_P, share_prefix)
+    if at.num_tokens > pack_length:
         raise ValueError(
-            f"{len(document_P)} documents of {num_tokens} tokens for a pack of {pack_length}; they must fit. "
-            "Use the pack_length and share_prefix the documents were packed for."
+            f"{len(document_P)} documents of {at.num_tokens} tokens for a pack of {pack_length}; "
+            "they must fit. Use the pack_length and share_prefix the documents were packed for."
         )
-    copy_start_B = (start_B - prefix_B)[has_copy_B]  # copies of prefixes, one per trunk
-    trunk_B = np.cumsum(has_copy_B) - 1
-    prefix_start_B = copy_start_B[trunk_B]
-
     tokens_T = np.zeros(pack_length, np.int64)
-    places = _ranges(start_B, length_B)
-    sources = _ranges(source_B, length_B)
+    places = _ranges(at.start_B, at.length_B)
+    sources = _ranges(at.source_B, at.length_B)
     tokens_T[places] = store.tokens[sources]
-    copied = prefix_B[has_copy_B]
-    tokens_T[_ranges(copy_start_B, copied)] = store.tokens[
-        _ranges(prefix_source_B[has_copy_B], copied)
-    ]
+    copied = at.prefix_length_B[at.is_trunk_B]
+    copies = _ranges(at.prefix_start_B[at.is_trunk_B], copied)
+    tokens_T[copies] = store.tokens[_ranges(at.prefix_source_B[at.is_trunk_B], copied)]
 
-    row = places - 1
-    row[np.cumsum(length_B) - length_B] = np.where(prefix_B > 0, prefix_start_B + prefix_B - 1, -1)
+    row = places - 1  # the row that predicts the token at each place; -1: none
+    prefix_end_B = at.prefix_start_B + at.prefix_length_B
+    first = np.cumsum(at.length_B) - at.length_B
+    row[first] = np.where(at.prefix_length_B > 0, prefix_end_B - 1, -1)
     wanted = (store.loss[sources] == 1) & (row >= 0)
-    row_R = row[wanted]
-    response_B = part_B - document_P[owner_B] - 1
+    response_B = at.part_B - document_P[at.owner_B] - 1
     return Pack(
         tokens_T=tokens_T,
-        segments_S4=_segments(start_B, end_B, prefix_start_B, prefix_B, has_copy_B, pack_length),
-        row_R=row_R,
+        segments_S4=_segments(at, pack_length),
+        row_R=row[wanted],
         target_R=tokens_T[places[wanted]],
-        sequence_R=np.repeat(np.arange(len(part_B)), length_B)[wanted],
+        sequence_R=np.repeat(np.arange(len(at.part_B)), at.length_B)[wanted],
         response_B=response_B,
         document_P=document_P,
-        ref_logp_B=np.full(len(part_B), np.nan, np.float32)
+        ref_logp_B=np.full(len(response_B), np.nan, np.float32)
         if ref_logp is None
         else ref_logp[response_B].astype(np.float32),
-        num_tokens=num_tokens,
-        num_loss_tokens=len(row_R),
+        num_tokens=at.num_tokens,
+        num_loss_tokens=int(wanted.sum()),
     )
 
 
-def _segments(
-    start_B: np.ndarray,
-    end_B: np.ndarray,
-    prefix_start_B: np.ndarray,
-    prefix_B: np.ndarray,
-    is_trunk_B: np.ndarray,
-    pack_length: int,
-) -> np.ndarray:
+def _segments(at: _Layout, pack_length: int) -> np.ndarray:
     """One segment per sequence (a trunk takes its prefix in), then one for the padding."""
-    seg_start_B = np.where(is_trunk_B, start_B - prefix_B, start_B)
-    segments = np.stack(
-        [
-            seg_start_B,
-            end_B,
-            np.where(is_trunk_B, seg_start_B, prefix_start_B),
-            np.where(is_trunk_B, seg_start_B, prefix_start_B + prefix_B),
-        ],
-        axis=1,
-    )
-    num_tokens = end_B[-1] if len(end_B) else 0
-    if num_tokens < pack_length:
-        segments = np.concatenate([segments, [[num_tokens, pack_length, num_tokens, num_tokens]]])
+    start_B = np.where(at.is_trunk_B, at.prefix_start_B, at.start_B)
+    prefix_end_B = at.prefix_start_B + at.prefix_length_B * ~at.is_trunk_B
+    segments = np.stack([start_B, at.end_B, at.prefix_start_B, prefix_end_B], axis=1)
+    if at.num_tokens < pack_length:
+        padding = [at.num_tokens, pack_length, at.num_tokens, at.num_tokens]
+        segments = np.concatenate([segments, [padding]])
     return segments.astype(np.int32)

@@ -1,9 +1,10 @@
 """Chat templates (Jinja2, as tokenizers ship them) with the exact character ranges that carry loss.
 
-An assistant turn's loss covers its content, its tool calls and its end-of-turn token; not its header, which the prompt
-supplies, and not white space behind the end-of-turn token. The ranges come from the template's own
-`{% generation %}` blocks; without them, from rendering the dialogue up to each assistant turn (with the generation
-prompt) and through it: what the second adds to the first is the turn.
+An assistant turn's loss covers its content, its tool calls and its end-of-turn token; not its
+header, which the prompt supplies, and not white space behind the end-of-turn token. The ranges come
+from the template's own `{% generation %}` blocks; without them, from rendering the dialogue up to
+each assistant turn (with the generation prompt) and through it: what the second adds to the first
+is the turn.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ CHATML = """\
 {% macro calls(message) %}
 {% for call in message.tool_calls or [] %}
 {% set function = call.function or call %}
-{{ '\\n<tool_call>\\n' + {'name': function.name, 'arguments': function.arguments} | tojson + '\\n</tool_call>' }}
+{% set call_json = {'name': function.name, 'arguments': function.arguments} | tojson %}
+{{ '\\n<tool_call>\\n' + call_json + '\\n</tool_call>' }}
 {%- endfor %}
 {% endmacro %}
 {% for message in messages %}
@@ -50,7 +52,8 @@ DIALOGUE = """\
 {% macro calls(message) %}
 {% for call in message.tool_calls or [] %}
 {% set function = call.function or call %}
-{{ '\\n<tool_call>\\n' + {'name': function.name, 'arguments': function.arguments} | tojson + '\\n</tool_call>' }}
+{% set call_json = {'name': function.name, 'arguments': function.arguments} | tojson %}
+{{ '\\n<tool_call>\\n' + call_json + '\\n</tool_call>' }}
 {%- endfor %}
 {% endmacro %}
 {% for message in messages %}
@@ -62,7 +65,8 @@ DIALOGUE = """\
 {%- endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
-"""The text of hh-rlhf. No end-of-turn token: only the last answer ends with one, the tokenizer's EOS."""
+"""The text of hh-rlhf. No end-of-turn token: only the last answer ends with one, the tokenizer's
+EOS."""
 
 BUILT_IN = {"chatml": CHATML, "dialogue": DIALOGUE}
 TURN_MARKERS = {
@@ -122,8 +126,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """One compiled template.
 
-    name: for messages.   text: the Jinja2 source.   is_built_in: BOS is ours to add, not the template's.
-    closes_turns: an assistant turn ends with something of the template's, its end-of-turn token.
+    name: for messages.   text: the Jinja2 source.
+    is_built_in: BOS is ours to add, not the template's.
+    end_of_turn: the text that ends an assistant turn, "" if the template has none.
+    closes_turns: it has one.
     """
 
     def __init__(
@@ -142,13 +148,13 @@ class ChatTemplate:
             self._template = _environment().from_string(text)
         except jinja2.TemplateError as error:
             raise ValueError(
-                f"the chat template {name} does not compile ({error}); it must be Jinja2 as Hugging Face "
-                "tokenizers use it. Correct it, or choose a built-in one: "
+                f"the chat template {name} does not compile ({error}); it must be Jinja2 as "
+                "Hugging Face tokenizers use it. Correct it, or choose a built-in one: "
                 + ", ".join(BUILT_IN)
                 + "."
             ) from error
-        self._end_of_turn = self._probe_end_of_turn()
-        self.closes_turns = bool(self._end_of_turn)
+        self.end_of_turn = self._probe_end_of_turn()
+        self.closes_turns = bool(self.end_of_turn)
 
     def render(
         self,
@@ -157,13 +163,15 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The dialogue as text; add_generation_prompt: with the header of an assistant turn to come."""
+        """The dialogue as text; add_generation_prompt: with the header of an assistant turn to
+        come."""
         return _strip_marks(self._render(messages, tools, add_generation_prompt))[0]
 
     def render_with_spans(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, first: int = 0
     ) -> tuple[str, list[Span]]:
-        """The dialogue as text, and the ranges of it that the assistant turns from index `first` on must learn."""
+        """The dialogue as text, and the ranges of it that the assistant turns from index `first` on
+        must learn."""
         text, blocks = _strip_marks(self._render(messages, tools, False))
         if not blocks:
             return text, self._spans_by_prefixes(text, messages, tools, first)
@@ -189,8 +197,8 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             roles = ", ".join(m["role"] for m in messages) or "none"
             raise ValueError(
-                f"the chat template {self.name} failed ({error}) on turns: {roles}; every dialogue must suit it. "
-                "Correct the data, or choose another data.template."
+                f"the chat template {self.name} failed ({error}) on turns: {roles}; every dialogue "
+                "must suit it. Correct the data, or choose another data.template."
             ) from error
 
     def _spans_by_prefixes(
@@ -206,24 +214,27 @@ class ChatTemplate:
                 through = through.rstrip()
             if not (text.startswith(through) and through.startswith(before)):
                 raise ValueError(
-                    f"the chat template {self.name} renders turn {i} (assistant) differently when later turns follow, or "
-                    "its generation prompt is not how it begins that turn; the loss mask would be a guess. Use a template "
-                    "with {% generation %} blocks (data.template = a file), or a built-in one, or end the dialogue there."
+                    f"the chat template {self.name} renders turn {i} (assistant) differently when "
+                    "later turns follow, or its generation prompt is not how it begins that turn; "
+                    "the loss mask would be a guess. Use a template with {% generation %} blocks "
+                    "(data.template = a file), or a built-in one, or end the dialogue there."
                 )
             spans.append((len(before), len(through)))
         return spans
 
     def _end_of_loss(self, text: str, end: int) -> int:
-        """A block's end, moved to just behind the end-of-turn token: a model that never learns it never stops."""
+        """A block's end, moved to just behind the end-of-turn token: a model that never learns it
+        never stops."""
         if not self.closes_turns:
             return end
-        if text.startswith(self._end_of_turn, end):
-            return end + len(self._end_of_turn)
+        if text.startswith(self.end_of_turn, end):
+            return end + len(self.end_of_turn)
         without_space = len(text[:end].rstrip())
-        return without_space if text.endswith(self._end_of_turn, 0, without_space) else end
+        return without_space if text.endswith(self.end_of_turn, 0, without_space) else end
 
     def _probe_end_of_turn(self) -> str:
-        """What the template writes behind an answer, without trailing white space; "" if nothing."""
+        """What the template writes behind an answer, without trailing white space; "" if
+        nothing."""
         answer = "forty-two"
         try:
             marked = self._render(
@@ -244,8 +255,8 @@ def _strip_marks(marked: str) -> tuple[str, list[Span]]:
         inside, closed, outside = piece.partition(_CLOSE) if i else ("", "", piece)
         if (i and not closed) or _CLOSE in outside:
             raise ValueError(
-                "generation blocks of the chat template overlap; each must end before the next begins. "
-                "Correct the template."
+                "generation blocks of the chat template overlap; each must end before the next "
+                "begins. Correct the template."
             )
         if i:
             spans.append((length, length + len(inside)))

@@ -1,14 +1,16 @@
-"""JSON lines, plain or gzip, to records. Every refusal names file and line, what was seen, the rule, and a remedy.
+"""JSON lines, plain or gzip, to records. Every refusal names file and line, what was seen, the
+rule, and a remedy.
 
 Accepted, one object per line, formats may be mixed, other keys are ignored:
 
     {"prompt": text | turns, "chosen": text | turns, "rejected": text | turns}
-    {"chosen": transcript, "rejected": transcript}     hh-rlhf text, or whole lists of turns, with a common start
-    {"messages": turns, "tools": [...]}                SFT only
+    {"chosen": transcript, "rejected": transcript}   hh-rlhf text or lists of turns; common start
+    {"messages": turns, "tools": [...]}              SFT only
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import gzip
@@ -29,11 +31,15 @@ from nova_sys.data.records import (
 )
 
 Kind = Literal["sft", "pairs"]
-"""What an algorithm learns from: one token sequence with loss on spans of it, or a chosen and a rejected answer."""
+"""What an algorithm learns from: one token sequence with loss on spans of it, or a chosen and a
+rejected answer."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _GZIP_MAGIC = b"\x1f\x8b"
-_SHAPES = 'one of {"prompt", "chosen", "rejected"}, {"chosen", "rejected"} with whole dialogues, {"messages": [...]}'
+_SHAPES = (
+    'one of {"prompt", "chosen", "rejected"}, {"chosen", "rejected"} with whole dialogues, '
+    '{"messages": [...]}'
+)
 
 
 def _refuse(source: object, seen: str, rule: str, remedy: str) -> NoReturn:
@@ -41,7 +47,8 @@ def _refuse(source: object, seen: str, rule: str, remedy: str) -> NoReturn:
 
 
 def expand_files(patterns: str | Sequence[str]) -> list[Path]:
-    """Paths and globs to existing files: in the order given, the matches of a glob sorted by name."""
+    """Paths and globs to existing files: in the order given, the matches of a glob sorted by
+    name."""
     files: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         path = Path(pattern).expanduser()
@@ -87,7 +94,8 @@ def read_objects(path: Path, file: int = 0) -> Iterator[tuple[Source, Any]]:
                 source,
                 f"not valid JSON ({error}) in {line[:60]!r}",
                 "each line must be one JSON object",
-                "Correct or remove the line; a file of many-line JSON must be rewritten one object per line.",
+                "Correct or remove the line; a file of many-line JSON must be rewritten one "
+                "object per line.",
             )
         num_objects += 1
         yield source, value
@@ -98,7 +106,8 @@ def read_objects(path: Path, file: int = 0) -> Iterator[tuple[Source, Any]]:
 
 
 def _read_lines(path: Path, file: int) -> Iterator[tuple[Source, str]]:
-    """Decoded lines that are not blank. gzip is recognised by its first bytes, whatever the file is called."""
+    """Decoded lines that are not blank. gzip is recognised by its first bytes, whatever the file is
+    called."""
     with open(path, "rb") as probe:
         compressed = probe.read(2) == _GZIP_MAGIC
     number = 0
@@ -135,7 +144,8 @@ def _decode(raw: bytes, source: Source) -> str:
 
 
 def parse_record(value: Any, source: Source, kind: Kind) -> DialogueRecord | TextPair | TurnPair:
-    """One JSON value to a record; UnusableRecord if it is well formed but teaches nothing, else ValueError."""
+    """One JSON value to a record; UnusableRecord if it is well formed but teaches nothing, else
+    ValueError."""
     if not isinstance(value, dict):
         _refuse(
             source,
@@ -170,8 +180,8 @@ def _dialogue(value: dict[str, Any], source: Source, kind: Kind) -> DialogueReco
     if not any(_says_something(m) for m in messages if m["role"] == "assistant"):
         raise UnusableRecord(
             "no_assistant_turn",
-            f"{source}: no assistant turn with content or tool calls; loss falls on assistant turns only. "
-            "Add the answer or remove the line.",
+            f"{source}: no assistant turn with content or tool calls; loss falls on assistant "
+            "turns only. Add the answer or remove the line.",
         )
     return DialogueRecord(messages, _tools(value, source))
 
@@ -229,7 +239,8 @@ def _turn(turn: Any, source: Source, where: str) -> Message:
 
 
 def _calls(calls: Any, source: Source, where: str) -> list[Any]:
-    """Tool calls, with arguments that are JSON in a string opened: templates write them as JSON themselves."""
+    """Tool calls, with arguments that are JSON in a string opened: templates write them as JSON
+    themselves."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         _refuse(
             source, f"{where} is not a list of objects", "a call is an object", "Wrap it in [ ]."
@@ -242,10 +253,8 @@ def _calls(calls: Any, source: Source, where: str) -> list[Any]:
             _refuse(source, f"{where} has a call without a function name", rule, "Add the name.")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError):  # free text: the template gets it as it is
                 function = {**function, "arguments": json.loads(arguments)}
-            except ValueError:
-                pass  # free text: the template gets it as it is
         opened.append({**call, "function": function} if "function" in call else function)
     return opened
 
@@ -272,7 +281,8 @@ def _pair_with_prompt(value: dict[str, Any], source: Source) -> TextPair | TurnP
 
 
 def _answer_turns(answer: Any, prompt: list[Message], source: Source, key: str) -> list[Message]:
-    """The answer's turns; a list that repeats the prompt at its start (as UltraFeedback's do) loses that start."""
+    """The answer's turns; a list that repeats the prompt at its start (as UltraFeedback's do) loses
+    that start."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     if not answer:
@@ -284,7 +294,8 @@ def _answer_turns(answer: Any, prompt: list[Message], source: Source, key: str) 
         _refuse(
             source,
             f'"{key}" starts with a turn of role {turns[0]["role"]!r}',
-            "an answer starts with an assistant turn (the prompt's turns may be repeated before it)",
+            "an answer starts with an assistant turn (the prompt's turns may be repeated before "
+            "it)",
             "Correct the record.",
         )
     return turns
@@ -327,7 +338,8 @@ def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def _no_common_start(source: Source, seen: str) -> NoReturn:
     raise UnusableRecord(
         "no_common_start",
-        f"{source}: chosen and rejected {seen}; whole dialogues must agree up to an assistant's turn. "
+        f"{source}: chosen and rejected {seen}; whole dialogues must agree up to an assistant's "
+        "turn. "
         'Give {"prompt", "chosen", "rejected"} instead, or remove the line.',
     )
 
@@ -337,7 +349,7 @@ def _check_pair(pair: TextPair | TurnPair, source: Source, kind: Kind) -> TextPa
     for key in ("chosen", "rejected") if kind == "pairs" else ("chosen",):
         answer = getattr(pair, key)
         if isinstance(answer, str):
-            # A transcript shows that an annotator saw a blank answer (hh-rlhf has some): a judgement like any other.
+            # A transcript shows that someone judged a blank answer (hh-rlhf has some): keep it.
             empty = (
                 not answer
                 if isinstance(pair, TextPair) and pair.is_transcript
@@ -348,11 +360,13 @@ def _check_pair(pair: TextPair | TurnPair, source: Source, kind: Kind) -> TextPa
         if empty:
             raise UnusableRecord(
                 "empty_answer",
-                f'{source}: "{key}" holds no answer; an answer must have text. Fill it or remove the line.',
+                f'{source}: "{key}" holds no answer; an answer must have text. '
+                "Fill it or remove the line.",
             )
     if kind == "pairs" and pair.chosen == pair.rejected:
         raise UnusableRecord(
             "identical_answers",
-            f"{source}: chosen and rejected are the same; a pair must differ. Correct or remove the line.",
+            f"{source}: chosen and rejected are the same; a pair must differ. "
+            "Correct or remove the line.",
         )
     return pair

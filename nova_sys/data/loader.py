@@ -1,7 +1,9 @@
-"""Which packs each rank computes at each step: a pure function of the step, so a run resumes anywhere.
+"""Which packs each rank computes at each step: a pure function of the step, so a run resumes
+anywhere.
 
-The packs of epoch 0, 1, 2, ... form one endless stream; step s takes packs s * G .. s * G + G - 1 of it (G =
-`global_batch_packs`), whatever the data-parallel size, and crosses from one epoch into the next. Nothing is dropped.
+The packs of epoch 0, 1, 2, ... form one endless stream; step s takes packs s * G .. s * G + G - 1
+of it (G = `global_batch_packs`), whatever the data-parallel size, and crosses from one epoch into
+the next. Nothing is dropped.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ _PREFETCH_STEPS = 2
 class PackLoader:
     """Micro-batches of one data-parallel rank.
 
-    epochs: the stream ends behind `ceil(epochs * packs_per_epoch)` packs (`last_pack`), and packs that hold no documents
-    fill the last step; None: it never ends.   ref_logp: see build_pack.
+    epochs: the stream ends behind `ceil(epochs * packs_per_epoch)` packs (`last_pack`), and packs
+    that hold no documents fill the last step; None: it never ends.   ref_logp: see build_pack.
 
-    Raises: ValueError when a document is longer than a pack or the data-parallel size does not divide the global batch.
+    Raises: ValueError when a document is longer than a pack, or the data-parallel size does not
+    divide the global batch.
     """
 
     def __init__(
@@ -43,8 +46,8 @@ class PackLoader:
     ) -> None:
         if global_batch_packs < 1 or global_batch_packs % data_size:
             raise ValueError(
-                f"train.global_batch_packs is {global_batch_packs} and the data-parallel size {data_size}; the first must be "
-                "a multiple of the second. Change one of them."
+                f"train.global_batch_packs is {global_batch_packs} and the data-parallel size "
+                f"{data_size}; the first must be a multiple of the second. Change one of them."
             )
         self._store = store
         self._pack_length = pack_length
@@ -60,8 +63,9 @@ class PackLoader:
         if longest > pack_length:
             document = int(self._lengths.argmax())
             raise ValueError(
-                f"{store.source_of(document)}: the document takes {longest} tokens, a pack has {pack_length}; the store was "
-                "built for other settings. Build it with this pack_length and share_prefix."
+                f"{store.source_of(document)}: the document takes {longest} tokens, a pack has "
+                f"{pack_length}; the store was built for other settings. Build it with this "
+                "pack_length and share_prefix."
             )
         self._plans: dict[int, PackPlan] = {}
         self._thread: _Prefetcher | None = None
@@ -78,7 +82,7 @@ class PackLoader:
         return math.ceil(self._packs_of(epochs) / self._global_batch_packs)
 
     def _packs_of(self, epochs: float) -> int:
-        return math.ceil(round(epochs * self.packs_per_epoch, 6))  # 0.1 * 30 is a little over 3
+        return math.ceil(round(epochs * self.packs_per_epoch, 6))  # 1.1 * 50 is over 55
 
     def documents_of(self, step: int) -> list[np.ndarray]:
         """Documents of each of the step's G packs, over all ranks."""
@@ -112,7 +116,9 @@ class PackLoader:
         plan = self._plans.get(epoch)
         if plan is None:
             plan = pack_documents(self._lengths, self._pack_length, seed=self._seed, epoch=epoch)
-            kept = {e: p for e, p in self._plans.items() if e == epoch - 1}  # a step may span two epochs
+            kept = {
+                e: p for e, p in self._plans.items() if e == epoch - 1
+            }  # a step may span two epochs
             self._plans = {**kept, epoch: plan}
         return plan
 
@@ -135,7 +141,8 @@ class PackLoader:
 
 
 class _Prefetcher:
-    """A thread that keeps a few steps ready. An error in it is raised again where the step is taken."""
+    """A thread that keeps a few steps ready. An error in it is raised again where the step is
+    taken."""
 
     def __init__(self, loader: PackLoader, step: int) -> None:
         self._loader = loader
@@ -166,7 +173,7 @@ class _Prefetcher:
                 batch = self._loader.micro_batches(step)
                 self._put(batch)
                 step += 1
-        except BaseException as error:  # noqa: BLE001 raised again by take()
+        except BaseException as error:
             self._put(error)
 
     def _put(self, item: list[Pack] | BaseException) -> None:

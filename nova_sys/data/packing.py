@@ -1,16 +1,19 @@
-"""Documents into packs, and packs onto data-parallel ranks; the work is done in C++ (`csrc/host/packing.cpp`)."""
+"""Documents into packs, and packs onto data-parallel ranks; the work is done in C++
+(`csrc/host/packing.cpp`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from nova_kernels import _C
+
+from nova_kernels import _C  # pyright: ignore[reportAttributeAccessIssue] compiled
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """order: int64 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs + 1,)."""
+    """order: int64 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs +
+    1,)."""
 
     order: np.ndarray
     offsets: np.ndarray
@@ -27,8 +30,8 @@ class PackPlan:
 def pack_documents(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int) -> PackPlan:
     """Packs whole documents best-fit decreasing; every document stands in exactly one pack.
 
-    Which of several equally long documents go together, and the order of the packs, depend on (seed, epoch); the
-    number of packs does not.
+    Which of several equally long documents go together, and the order of the packs, depend on
+    (seed, epoch); the number of packs does not.
 
     Args:     lengths (num_documents,) int32, tokens.   capacity: tokens per pack.
     Raises:   ValueError for a length outside 1..capacity.
@@ -45,7 +48,8 @@ def pack_documents(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int)
 
 
 def balance(work: np.ndarray, ranks: int) -> np.ndarray:
-    """int32 (ranks, G / ranks): the packs of each rank, equally many, their work as equal as possible; deterministic.
+    """int32 (ranks, G / ranks): the packs of each rank, equally many, their work as equal as
+    possible; deterministic.
 
     Args:     work (G,) float64, estimated cost of each pack.   ranks: a divisor of G.
     """

@@ -1,4 +1,5 @@
-"""What one line of a data file means, whatever its format: a dialogue, or a prompt with a chosen and a rejected answer."""
+"""What one line of a data file means, whatever its format: a dialogue, or a prompt with a chosen
+and a rejected answer."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""`role` (system, user, assistant or tool), `content` (a string), and what a template may use: `tool_calls`, `name`, ..."""
+"""`role` (system, user, assistant or tool), `content` (a string), and what a template may use:
+`tool_calls`, `name`, ..."""
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -30,7 +32,8 @@ class Source:
 
 
 class UnusableRecord(ValueError):
-    """A well-formed line that teaches nothing. Real data has them: they are counted by `reason`, not fatal one by one."""
+    """A well-formed line that teaches nothing. Real data has them: they are counted by `reason`,
+    not fatal one by one."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -72,7 +75,8 @@ class TextPair:
         return not self.chosen.strip() or (look_at_rejected and not self.rejected.strip())
 
     def to_turns(self) -> TurnPair:
-        """The same pair as messages: a transcript by its speakers, any other prompt as one user turn."""
+        """The same pair as messages: a transcript by its speakers, any other prompt as one user
+        turn."""
         if not self.is_transcript:
             return TurnPair(
                 prompt=[{"role": "user", "content": self.prompt}],
@@ -87,14 +91,17 @@ class TextPair:
 
 
 def parse_transcript(text: str) -> list[Message]:
-    """Turns of hh-rlhf text; the one space behind each speaker's colon is layout, everything else is content.
+    """Turns of hh-rlhf text; the one space behind each speaker's colon is layout, everything else
+    is content.
 
-    Rendering the result with the built-in template `dialogue` gives the text back, if each colon had its space.
+    Rendering the result with the built-in template `dialogue` gives the text back, if each colon
+    had its space.
     """
     before, *rest = _TURN.split(text)
     if before:
         raise ValueError(
-            f"the transcript starts with {before[:40]!r}; it must start with {HUMAN!r} or {ASSISTANT!r}"
+            f"the transcript starts with {before[:40]!r}; it must start with {HUMAN!r} or "
+            f"{ASSISTANT!r}"
         )
     return [
         {"role": _ROLE_OF_SPEAKER[speaker], "content": content.removeprefix(" ")}
@@ -103,7 +110,8 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def transcript_spans(answer: str) -> list[tuple[int, int]]:
-    """Character ranges of `answer` (what follows a prompt's last `Assistant:`) that the assistant said.
+    """Character ranges of `answer` (what follows a prompt's last `Assistant:`) that the assistant
+    said.
 
     Almost always one range; an answer that goes on with further turns has one per assistant turn.
     """

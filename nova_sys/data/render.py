@@ -1,10 +1,14 @@
-"""Records to texts: what is prefix, what is response, which characters carry loss, where BOS and EOS stand.
+"""Records to texts: what is prefix, what is response, which characters carry loss, where BOS and
+EOS stand.
 
-    pairs   prefix = the prompt up to where the assistant is to speak; one response per answer, tokenised separately
-    sft     empty prefix; response 0 = the whole dialogue, with loss on the answer's or all assistant turns
+    pairs   prefix = the prompt up to where the assistant is to speak; one response per answer,
+            tokenised separately
+    sft     empty prefix; response 0 = the whole dialogue, with loss on the answer's or on all
+            assistant turns
 
-A last assistant turn that its template does not close gets the tokenizer's EOS, with loss. Plain text gets BOS in front
-(if the tokenizer has one) and EOS behind each answer; a template of the tokenizer's or the user's writes its own BOS.
+A last assistant turn that its template does not close gets the tokenizer's EOS, with loss. Plain
+text gets BOS in front (if the tokenizer has one) and EOS behind each answer; a template of the
+tokenizer's or the user's writes its own BOS.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ class TokenPart:
 
 
 class Renderer:
-    """Turns records into parts `[prefix, response_0, ...]`; fixed by a tokenizer, a template setting and a kind."""
+    """Turns records into parts `[prefix, response_0, ...]`; fixed by a tokenizer, a template
+    setting and a kind."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, kind: Kind) -> None:
         self.tokenizer = tokenizer
@@ -65,11 +70,6 @@ class Renderer:
         """Raises ValueError when the template does not suit the record."""
         if isinstance(record, TextPair) and not self.choice.for_text:
             return self._text_parts(record)
-        if self.choice.template is None:
-            raise ValueError(
-                'the record has turns, but data.template is "none"; turns need a template. '
-                'Set data.template to "auto", a built-in name or a file.'
-            )
         if isinstance(record, TextPair):
             record = record.to_turns()
         if isinstance(record, DialogueRecord):
@@ -79,9 +79,33 @@ class Renderer:
             return self._dialogue_parts(messages, record.tools, first=len(record.prompt))
         return self._pair_parts(record)
 
+    def prompt_chunk(self, prompt: str | list[Message], tools: list[Any] | None = None) -> Chunk:
+        """The text in front of an answer, up to where the assistant is to speak."""
+        if isinstance(prompt, str):
+            if not self.choice.for_text:
+                return Chunk(prompt, bos=True)
+            prompt = TextPair(prompt, "", "").to_turns().prompt
+        template = self._template()
+        text = template.render(prompt, tools=tools, add_generation_prompt=True)
+        return Chunk(text, bos=template.is_built_in, control=True)
+
+    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
+        """`prompt_chunk` as tokens: where generation starts."""
+        return tokenise([(self.prompt_chunk(prompt),)], self.tokenizer)[0].tokens.tolist()
+
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer: EOS, and the template's end-of-turn if that is one token."""
+        stops = {self.tokenizer.eos_id} - {None}
+        template = self.choice.template
+        if template is not None and template.closes_turns:
+            ids = self.tokenizer.encode(template.end_of_turn, continues=True, control=True)
+            stops |= set(ids) if len(ids) == 1 else set()
+        return stops  # pyright: ignore[reportReturnType]
+
     def _text_parts(self, pair: TextPair) -> list[Part]:
-        """Prompt and answer are tokenised apart for SFT too, so that both kinds, and generation, see the same tokens."""
-        prompt = Chunk(pair.prompt, bos=True)
+        """Prompt and answer are tokenised apart for SFT too, so that both kinds, and generation,
+        see the same tokens."""
+        prompt = self.prompt_chunk(pair.prompt)
         answers = [self._answer_chunk(pair, answer) for answer in (pair.chosen, pair.rejected)]
         if self.kind == "sft":
             return [(), (prompt, answers[0])]
@@ -103,30 +127,36 @@ class Renderer:
 
     def _pair_parts(self, pair: TurnPair) -> list[Part]:
         template = self._template()
-        prompt = template.render(pair.prompt, tools=pair.tools, add_generation_prompt=True)
-        parts: list[Part] = [(Chunk(prompt, bos=template.is_built_in, control=True),)]
+        prompt = self.prompt_chunk(pair.prompt, pair.tools)
+        parts: list[Part] = [(prompt,)]
         for answer in (pair.chosen, pair.rejected):
             text, spans = template.render_with_spans(
                 pair.prompt + answer, tools=pair.tools, first=len(pair.prompt)
             )
-            if not text.startswith(prompt):
+            if not text.startswith(prompt.text):
                 raise ValueError(
-                    f"the chat template {template.name} renders the prompt differently when an answer follows; the prompt "
-                    "must be the start of the whole dialogue. Use another data.template."
+                    f"the chat template {template.name} renders the prompt differently when an "
+                    "answer follows; the prompt must be the start of the whole dialogue. Use "
+                    "another data.template."
                 )
-            parts.append((self._closing_chunk(text, spans, start=len(prompt)),))
+            parts.append((self._closing_chunk(text, spans, start=len(prompt.text)),))
         return parts
 
     def _template(self) -> ChatTemplate:
-        assert self.choice.template is not None
+        if self.choice.template is None:
+            raise ValueError(
+                'the record has turns, but data.template is "none"; turns need a template. '
+                'Set data.template to "auto", a built-in name or a file.'
+            )
         return self.choice.template
 
     def _closing_chunk(self, text: str, spans: list[Span], start: int, bos: bool = False) -> Chunk:
-        """`text[start:]` up to the last character with loss (nothing is learned behind it), and EOS if need be."""
+        """`text[start:]` up to the last character with loss (nothing is learned behind it), and EOS
+        if need be."""
         if not spans:
             raise ValueError(
-                f"the chat template {self._template().name} renders no text for the answer; a response must have text. "
-                "Correct the record or the template."
+                f"the chat template {self._template().name} renders no text for the answer; a "
+                "response must have text. Correct the record or the template."
             )
         end = spans[-1][1]
         eos_text = self.tokenizer.special_texts.get("eos_token")
@@ -143,8 +173,21 @@ class Renderer:
         )
 
 
+def prompt_ids(
+    prompts: Sequence[str | list[Message]], tokenizer: Tokenizer, template: str
+) -> list[list[int]]:
+    """Tokens to generate from: the very prefix that training puts in front of an answer.
+
+    Args:     prompts: text or turns.   template: the setting `data.template`.
+    """
+    renderer = Renderer(tokenizer, template, "pairs")
+    parts = tokenise([(renderer.prompt_chunk(prompt),) for prompt in prompts], tokenizer)
+    return [part.tokens.tolist() for part in parts]
+
+
 def tokenise(parts: Sequence[Part], tokenizer: Tokenizer) -> list[TokenPart]:
-    """Tokens and loss flags of many parts at once (the tokenizer works in batches, on all cores)."""
+    """Tokens and loss flags of many parts at once (the tokenizer works in batches, on all
+    cores)."""
     chunks = [chunk for part in parts for chunk in part]
     encoded: list[TokenPart] = [TokenPart(np.empty(0, np.int32), np.empty(0, np.uint8))] * len(
         chunks
@@ -179,7 +222,8 @@ def _needs_offsets(chunk: Chunk) -> bool:
 
 
 def _encode_chunks(chunks: list[Chunk], tokenizer: Tokenizer, masked: bool) -> list[TokenPart]:
-    """Chunks that agree in `continues` and `control`; masked: their spans cover only some of the text."""
+    """Chunks that agree in `continues` and `control`; masked: their spans cover only some of the
+    text."""
     if not chunks:
         return []
     texts = [c.text for c in chunks]
@@ -204,7 +248,8 @@ def _encode_chunks(chunks: list[Chunk], tokenizer: Tokenizer, masked: bool) -> l
 
 
 def _flags(offsets: list[Span], chunk: Chunk) -> np.ndarray:
-    """A token carries loss when it covers a character that does (a token may reach across a span's edge)."""
+    """A token carries loss when it covers a character that does (a token may reach across a span's
+    edge)."""
     counts = np.zeros(len(chunk.text) + 1, np.int64)
     for start, end in chunk.spans:
         counts[start + 1 : end + 1] = 1

@@ -1,14 +1,17 @@
 """From JSON lines to a folder of tokens: read, render, tokenise, truncate, write.
 
-The truncation rule. Every sequence `prefix + response_i` must fit `max_length`, and the packed document must fit
-`pack_length` (prefix counted once when it is shared, once per response when it is not). A document that does not fit
+The truncation rule. Every sequence `prefix + response_i` must fit `max_length`, and the packed
+document must fit `pack_length` (prefix counted once when it is shared, once per response when it
+is not). A document that does not fit
 
-1. loses tokens from the START of its prefix (the end, nearest the answer, stays), down to a quarter of the limit;
-2. then its responses are cut from the END, the longest first, down to a common length at which they fit.
+1. loses tokens from the START of its prefix (the end, nearest the answer, stays), down to a quarter
+   of the limit;
+2. then its responses are cut from the END, the longest first, down to a common length that fits.
 
-The limit of step 1 is the longest sequence allowed: min(max_length, what pack_length leaves per sequence). A prefix
-and every response keep at least one token. A document without a prefix (SFT) is cut as if the tokens before its first
-loss token were the prefix. Nothing is dropped silently: `StoreReport.truncated` counts each kind of cut.
+The limit of step 1 is the longest sequence allowed: min(max_length, what pack_length leaves per
+sequence). A prefix and every response keep at least one token. A document without a prefix (SFT) is
+cut as if the tokens before its first loss token were the prefix. Nothing is dropped silently:
+`StoreReport.truncated` counts each kind of cut.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def fit_lengths(
 ) -> tuple[int, list[int]]:
     """Lengths that the rule above leaves of a prefix and its responses, in tokens.
 
-    Raises: ValueError when pack_length cannot hold a quarter-limit prefix and one token per response.
+    Raises: ValueError when pack_length cannot hold such a prefix and one token per response.
     """
     copies = 1 if share_prefix else len(responses)
 
@@ -62,8 +65,8 @@ def fit_lengths(
     kept = min(prefix, max(wanted, limit // 4, 1))
     if budget(kept) < len(responses):
         raise ValueError(
-            f"pack_length {pack_length} cannot hold {len(responses)} responses behind a prefix of {kept} tokens; each needs "
-            "a token. Raise data.pack_length or share the prefix."
+            f"pack_length {pack_length} cannot hold {len(responses)} responses behind a prefix of "
+            f"{kept} tokens; each needs a token. Raise data.pack_length or share the prefix."
         )
     level = min(max_length - kept, _level(sorted(responses), budget(kept)))
     return kept, [min(length, level) for length in responses]
@@ -84,7 +87,8 @@ def truncate(
 ) -> tuple[list[TokenPart], list[str]]:
     """The document `[prefix, response_0, ...]` by the rule, and the kinds of cut made.
 
-    Kinds: prefix, response, loss (a response lost all its loss tokens), identical (a pair's answers became equal).
+    Kinds: prefix, response, loss (a response lost all its loss tokens), identical (a pair's answers
+    became equal).
     """
     prefix, responses = parts[0], parts[1:]
     without_prefix = len(prefix.tokens) == 0
@@ -128,7 +132,8 @@ def _cut(part: TokenPart, start: int, stop: int | None) -> TokenPart:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Everything that decides what a store holds. Raises ValueError for impossible lengths and missing files."""
+    """Everything that decides what a store holds. Raises ValueError for impossible lengths and
+    missing files."""
 
     train: str | list[str]
     """JSON-lines files: a path, a glob, or a list of them."""
@@ -143,8 +148,9 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if not MIN_LENGTH <= self.sequence_length <= self.pack_length:
             raise ValueError(
-                f"data.max_length is {self.max_length} and data.pack_length {self.pack_length} tokens; they must satisfy "
-                f"{MIN_LENGTH} <= max_length <= pack_length (0: equal). Change one of them."
+                f"data.max_length is {self.max_length} and data.pack_length {self.pack_length} "
+                f"tokens; they must satisfy {MIN_LENGTH} <= max_length <= pack_length (0: equal). "
+                "Change one of them."
             )
 
     @property
@@ -195,7 +201,8 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def build_store(spec: StoreSpec, folder: str | Path) -> StoreReport:
-    """Reads, renders, tokenises and writes; a folder that already holds this very store is left as it is.
+    """Reads, renders, tokenises and writes; a folder that already holds this very store is left as
+    it is.
 
     Raises: ValueError for bad input (file and line in it), and when `folder` holds another store.
     """
@@ -204,8 +211,9 @@ def build_store(spec: StoreSpec, folder: str | Path) -> StoreReport:
         store = TokenStore.open(folder)
         if store.key != spec.key:
             raise ValueError(
-                f"{folder} holds another token store (key {store.key[:12]}, needed {spec.key[:12]}); a store is never "
-                "overwritten. Choose another data.cache_dir or delete the folder."
+                f"{folder} holds another token store (key {store.key[:12]}, needed "
+                f"{spec.key[:12]}); a store is never overwritten. Choose another data.cache_dir or "
+                "delete the folder."
             )
         return store.report
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -318,11 +326,11 @@ def _token_problem(document: list[TokenPart], source: Source) -> UnusableRecord 
     """What only shows after tokenising: answers without tokens, or equal in all of them."""
     responses = document[1:]
     if not all(part.loss.any() for part in responses):
-        message = f"{source}: an answer has no tokens; an answer must have text. Fill it or remove the line."
-        return UnusableRecord("empty_answer", message)
+        message = "an answer has no tokens; an answer must have text. Fill it or remove the line."
+        return UnusableRecord("empty_answer", f"{source}: {message}")
     if len(responses) == 2 and np.array_equal(responses[0].tokens, responses[1].tokens):
-        message = f"{source}: chosen and rejected have the same tokens; a pair must differ. Remove the line."
-        return UnusableRecord("identical_answers", message)
+        message = "chosen and rejected have the same tokens; a pair must differ. Remove the line."
+        return UnusableRecord("identical_answers", f"{source}: {message}")
     return None
 
 

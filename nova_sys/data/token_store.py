@@ -1,13 +1,16 @@
-"""Tokenised documents on disk: flat memory-mapped arrays in one folder, keyed by everything that shaped them.
+"""Tokenised documents on disk: flat memory-mapped arrays in one folder, keyed by everything that
+shaped them.
 
-    tokens.npy          int32 (tokens)             all parts end to end: per document prefix, response_0, response_1, ...
-    loss.npy            uint8 (tokens)             1: this token carries loss
-    part_offsets.npy    int64 (parts + 1)          part i is tokens[part_offsets[i] : part_offsets[i + 1]]
-    document_parts.npy  int64 (documents + 1)      document d has parts document_parts[d] .. document_parts[d + 1] - 1
-    source.npy          int32 (documents, 2)       file index, line number
+    tokens.npy          int32 (tokens)         all parts: per document prefix, response_0, ...
+    loss.npy            uint8 (tokens)         1: this token carries loss
+    part_offsets.npy    int64 (parts + 1)      part i is tokens[part_offsets[i]:part_offsets[i + 1]]
+    document_parts.npy  int64 (documents + 1)  parts of document d: from document_parts[d] up to,
+                                               not including, document_parts[d + 1]
+    source.npy          int32 (documents, 2)   file index, line number
     meta.json           key, files, tokenizer, template, counts
 
-Responses are numbered consecutively over documents: response i of document d has the id document_parts[d] - d + i.
+Responses are numbered consecutively over documents: response i of document d has the id
+document_parts[d] - d + i.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ DTYPES = {
 """The arrays of a store."""
 
 ATTENTION_PAIRS_PER_TOKEN = 6 * 4096
-"""Query-key pairs that cost as much as one token's linear layers: 24 D^2 against 4 D FLOPs per layer, at D = 4096."""
+"""Query-key pairs that cost as much as one token's linear layers: 24 D^2 against 4 D FLOPs per
+layer, at D = 4096."""
 
 _HEADER_BYTES = 128
 
@@ -49,7 +53,8 @@ class StoreReport:
     skipped: dict[str, int] = field(default_factory=dict)
     """By reason: empty_answer, identical_answers, no_common_start, no_assistant_turn."""
     truncated: dict[str, int] = field(default_factory=dict)
-    """Documents that were cut, by kind (see store.py); a document may count in several kinds, once in `documents`."""
+    """Documents that were cut, by kind (see store.py); a document may count in several kinds, once
+    in `documents`."""
     blank_answers: int = 0
     """hh-rlhf transcripts with an answer of white space only; they are used."""
     first_seen: dict[str, str] = field(default_factory=dict)
@@ -94,18 +99,17 @@ class TokenStore:
         self.part_offsets, self.document_parts = arrays["part_offsets"], arrays["document_parts"]
         self.source = arrays["source"]
         if len(self.tokens) != self.part_offsets[-1] or len(self.source) != self.num_documents:
-            raise ValueError(
-                f"the token store {folder} is damaged: its arrays disagree. Delete the folder."
-            )
+            raise ValueError("its arrays disagree")
 
     @staticmethod
     def open(folder: str | Path) -> TokenStore:
         folder = Path(folder)
         try:
             return TokenStore(folder, json.loads((folder / "meta.json").read_text()))
-        except (OSError, KeyError, TypeError, EOFError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, EOFError, ValueError) as error:
             raise ValueError(
-                f"{folder} is not a complete token store ({error!r}). Delete the folder to build it again."
+                f"{folder} is not a complete token store ({error!r}); its arrays must be whole. "
+                "Delete the folder to build it again."
             ) from error
 
     @property
@@ -117,7 +121,7 @@ class TokenStore:
         return int(self.document_parts[-1]) - self.num_documents
 
     def part(self, i: int) -> TokenPart:
-        """Part i of the flat list; a document's parts are document_parts[d] .. document_parts[d + 1] - 1."""
+        """Part i of the flat list."""
         start, stop = self.part_offsets[i], self.part_offsets[i + 1]
         return TokenPart(self.tokens[start:stop], self.loss[start:stop])
 

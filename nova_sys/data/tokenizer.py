@@ -1,7 +1,9 @@
-"""Tokenizers: SentencePiece models and Hugging Face tokenizer.json folders behind one small interface.
+"""Tokenizers: SentencePiece models and Hugging Face tokenizer.json folders behind one small
+interface.
 
-`encode` never adds BOS or EOS. Prompt and answers are tokenised separately (docs: a pack's prefix and responses), so a
-text may continue another one: `continues=True` leaves out the space that Llama-2-like tokenizers put before a text.
+`encode` never adds BOS or EOS. Prompt and answers are tokenised separately (docs: a pack's prefix
+and responses), so a text may continue another one: `continues=True` leaves out the space that
+Llama-2-like tokenizers put before a text.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _HF_FILES = (
 )
 _SPM_FILES = ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 _SPACE = "\u2581"  # SentencePiece's mark for a space, in its pieces
-_LEAD = "\ue000"  # private-use character, part of no piece: what follows it is tokenised as a continuation
+_LEAD = "\ue000"  # private use, part of no piece: what follows is tokenised as a continuation
 
 
 class Tokenizer(ABC):
@@ -47,7 +49,8 @@ class Tokenizer(ABC):
     _files: dict[str, bytes]
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
-        """Ids of `text`. control: the texts of BOS and EOS in it become those ids (for rendered chat templates)."""
+        """Ids of `text`. control: the texts of BOS and EOS in it become those ids (for rendered
+        chat templates)."""
         return self.encode_batch([text], continues=continues, control=control)[0]
 
     def encode_with_offsets(
@@ -65,9 +68,9 @@ class Tokenizer(ABC):
         """`encode` of each text, on all cores."""
         if not (continues and self._adds_space):
             return self._encode_batch(texts, control)
-        lead = self._encode_batch([_LEAD], control)[0]
-        batch = self._encode_batch([_LEAD + text for text in texts], control)
-        return [ids[_lead_length(ids, lead) :] for ids in batch]
+        return [
+            ids for ids, _ in self.encode_batch_with_offsets(texts, continues=True, control=control)
+        ]
 
     def encode_batch_with_offsets(
         self, texts: Sequence[str], *, continues: bool = False, control: bool = False
@@ -75,14 +78,8 @@ class Tokenizer(ABC):
         """`encode_with_offsets` of each text, on all cores."""
         if not (continues and self._adds_space):
             return self._encode_batch_with_offsets(texts, control)
-        lead = self._encode_batch([_LEAD], control)[0]
-        result: list[Encoded] = []
-        for ids, offsets in self._encode_batch_with_offsets(
-            [_LEAD + text for text in texts], control
-        ):
-            n = _lead_length(ids, lead)
-            result.append((ids[n:], [(max(a - 1, 0), b - 1) for a, b in offsets[n:]]))
-        return result
+        led = self._encode_batch_with_offsets([_LEAD + text for text in texts], control)
+        return [_behind_lead(encoded) for encoded in led]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -114,13 +111,17 @@ class Tokenizer(ABC):
         self._adds_space = bool(first) and self._piece(first[0]).startswith((_SPACE, "\u0120"))
 
 
-def _lead_length(ids: list[int], lead: list[int]) -> int:
-    """Tokens of the lead; one less where an unknown lead fused with an unknown first character."""
-    return len(lead) if ids[: len(lead)] == lead else len(lead) - 1
+def _behind_lead(encoded: Encoded) -> Encoded:
+    """Without the lead character; a token that spans it and more (both unknown) stays."""
+    ids, offsets = encoded
+    first = next((i for i, (_, end) in enumerate(offsets) if end > len(_LEAD)), len(ids))
+    shift = len(_LEAD)
+    return ids[first:], [(max(start - shift, 0), end - shift) for start, end in offsets[first:]]
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. A literal U+2581 in a text is spelt in bytes, since its piece means a space."""
+    """A SentencePiece model. A literal U+2581 in a text is spelt in bytes, since its piece means a
+    space."""
 
     def __init__(
         self, files: dict[str, bytes], config: dict[str, Any], chat_template: str | None
@@ -192,14 +193,12 @@ class SentencePieceTokenizer(Tokenizer):
         ):  # bytes before a character's last one come as empty ranges
             if offsets[i][0] == offsets[i][1] and offsets[i + 1][0] == offsets[i][0]:
                 offsets[i] = offsets[i + 1]
-        if not lead:
-            return ids, offsets
-        n = _lead_length(ids, self._model.Encode(lead, return_type=int))
-        return ids[n:], [(max(start - 1, 0), end - 1) for start, end in offsets[n:]]
+        return _behind_lead((ids, offsets)) if lead else (ids, offsets)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder with tokenizer.json; BOS, EOS and the chat template come from the files beside it."""
+    """A folder with tokenizer.json; BOS, EOS and the chat template come from the files beside
+    it."""
 
     def __init__(
         self, files: dict[str, bytes], config: dict[str, Any], chat_template: str | None
@@ -223,8 +222,8 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._model.token_to_id(text)
         if token is None:
             raise ValueError(
-                f"{name} is {text!r} in tokenizer_config.json, but tokenizer.json has no such token; "
-                "both must agree. Correct the name or add the token."
+                f"{name} is {text!r} in tokenizer_config.json, but tokenizer.json has no such "
+                "token; both must agree. Correct the name or add the token."
             )
         return token
 
@@ -264,8 +263,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
         if kind is None:
             raise ValueError(
-                f"the tokenizer folder {path} has neither tokenizer.json nor tokenizer.model; it needs one. "
-                "Point data.tokenizer to a .model file or to a Hugging Face folder."
+                f"the tokenizer folder {path} has neither tokenizer.json nor tokenizer.model; it "
+                "needs one. Point data.tokenizer to a .model file or to a Hugging Face folder."
             )
         names = _HF_FILES if kind == "tokenizer.json" else _SPM_FILES
         files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
@@ -273,8 +272,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         kind, files = "tokenizer.model", {"tokenizer.model": path.read_bytes()}
     else:
         raise ValueError(
-            f"the tokenizer {path} does not exist; data.tokenizer is a SentencePiece .model file or a folder "
-            "with tokenizer.json. Check the path, or leave it empty to train one."
+            f"the tokenizer {path} does not exist; data.tokenizer is a SentencePiece .model file "
+            "or a folder with tokenizer.json. Check the path, or leave it empty to train one."
         )
     try:
         config = _json_object(files, "special_tokens_map.json") | _json_object(
@@ -286,20 +285,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         Exception
     ) as error:  # the libraries raise RuntimeError and plain Exception for damaged files
         raise ValueError(
-            f"the tokenizer {path} cannot be read ({error}); it must be a SentencePiece model or a tokenizer.json "
-            "of the `tokenizers` library. Download or export it again."
+            f"the tokenizer {path} cannot be read ({error}); it must be a SentencePiece model or a "
+            "tokenizer.json of the `tokenizers` library. Download or export it again."
         ) from error
 
 
 def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     value = json.loads(files[name]) if name in files else {}
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is not a JSON object")  # noqa: TRY004 a user's file, not a caller's type
+        raise ValueError(f"{name} is not a JSON object")
     return value
 
 
 def _chat_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
-    """chat_template.jinja wins over tokenizer_config.json, which may hold one template or a list of named ones."""
+    """chat_template.jinja wins over tokenizer_config.json, which may hold one template or a list of
+    named ones."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     template = config.get("chat_template")
@@ -315,11 +315,13 @@ _MAX_LINE_CHARS = 4000
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, model_path: str | Path, user_symbols: Sequence[str] = ()
 ) -> Tokenizer:
-    """Trains a unigram model that gives any text back exactly, writes it to `model_path` and loads it.
+    """Trains a unigram model that gives any text back exactly, writes it to `model_path` and loads
+    it.
 
-    Nothing is normalised, white space is kept, unseen characters are spelt in bytes, digits stand alone, and "\n" and
-    `user_symbols` (turn markers) are one piece each. Deterministic in `texts`; at most 200,000 lines, drawn evenly, are
-    used. A corpus too small for `vocab_size` pieces gives a smaller vocabulary.
+    Nothing is normalised, white space is kept, unseen characters are spelt in bytes, digits stand
+    alone, and "\n" and `user_symbols` (turn markers) are one piece each. Deterministic in `texts`;
+    at most 200,000 lines, drawn evenly, are used. A corpus too small for `vocab_size` pieces gives
+    a smaller vocabulary.
     """
     symbols = list(dict.fromkeys(["\n", *user_symbols]))
     model = io.BytesIO()
@@ -343,8 +345,9 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"cannot train a tokenizer of {vocab_size} pieces ({error}); it needs some text, and pieces for 256 bytes, "
-            f"3 control tokens, {len(symbols)} symbols and the characters of the text. Raise model.vocab_size."
+            f"cannot train a tokenizer of {vocab_size} pieces ({error}); it needs some text, and "
+            f"pieces for 256 bytes, 3 control tokens, {len(symbols)} symbols and the characters of "
+            "the text. Raise model.vocab_size."
         ) from error
     Path(model_path).parent.mkdir(parents=True, exist_ok=True)
     Path(model_path).write_bytes(model.getvalue())
@@ -352,7 +355,8 @@ def train_sentencepiece(
 
 
 def _sample_lines(texts: Iterable[str]) -> list[str]:
-    """Lines of all texts, or an even random sample of them (a reservoir with a fixed seed); long lines are cut up."""
+    """Lines of all texts, or an even random sample of them (a reservoir with a fixed seed); long
+    lines are cut up."""
     rng = random.Random(0)
     sample: list[str] = []
     num_lines = 0

@@ -1,4 +1,4 @@
-"""linear_logprob against a dense fp64 log_softmax: values, every gradient, every option, both plans.
+"""linear_logprob against a dense fp64 log_softmax: values, every gradient and option, both plans.
 
 Legend: T packed tokens, R response rows, D hidden, V vocabulary.
 """
@@ -88,16 +88,21 @@ def ours(case: Case, dtype: torch.dtype, **options) -> list[Tensor]:
 
 def check(case: Case, dtype: torch.dtype, *, call: dict | None = None, **options) -> None:
     """`call` holds options that must not change the result."""
+    check_calls(case, dtype, [call or {}], **options)
+
+
+def check_calls(case: Case, dtype: torch.dtype, calls: list[dict], **options) -> None:
     rounded = case._replace(  # so that all start from the same numbers
         hidden_TD=case.hidden_TD.to(dtype), weight_VD=case.weight_VD.to(dtype)
     )
     wide = [t.double() for t in dense(rounded, torch.float64, **options)]
     plain = dense(rounded, dtype, **options)
-    got = ours(rounded, dtype, **options, **(call or {}))
     names = ["logp"] + [n for n in ("entropy", "max_logit") if options.get(f"return_{n}")]
     names += ["dhidden", "dweight"]
-    for name, *tensors in zip(names, wide, got, plain, strict=True):
-        assert_close_to(*tensors, what=name)
+    for call in calls:
+        got = ours(rounded, dtype, **options, **call)
+        for name, *tensors in zip(names, wide, got, plain, strict=True):
+            assert_close_to(*tensors, what=f"{name} of {call}")
 
 
 @pytest.fixture
@@ -111,13 +116,12 @@ def narrow_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Options, "waves", waves)
 
 
-@pytest.mark.parametrize("workspace_mib", [1, 256])
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("V", [1000, 32003])
 @pytest.mark.parametrize("R", [0, 1, 63, 500])
-def test_fp32_values_and_gradients(R: int, V: int, plan: str, workspace_mib: int) -> None:
-    call = {"plan": plan, "workspace_mib": workspace_mib}
-    check(make_case(R, V), torch.float32, call=call)
+def test_fp32_values_and_gradients(R: int, V: int) -> None:
+    """One MiB means 66 waves at the largest size, 256 MiB one."""
+    calls = [{"plan": "recompute", "workspace_mib": 1}, {"plan": "store", "workspace_mib": 256}]
+    check_calls(make_case(R, V), torch.float32, calls)
 
 
 OPTIONS = [
@@ -334,10 +338,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_memory_of_the_plans() -> None:
-    """recompute: no tensor above the workspace, however many rows; auto: store only what fits it."""
-    V, D, workspace_mib = 20_000, 4, 4
+    """recompute: no tensor above the workspace for any number of rows; auto stores what fits it."""
+    V, D, workspace_mib = 10_000, 4, 2
     largest = {}
-    for R, plan in ((40, "auto"), (60, "auto"), (500, "recompute"), (4000, "recompute")):
+    for R, plan in ((40, "auto"), (60, "auto"), (500, "recompute"), (2000, "recompute")):
         case = make_case(R, V, D=D)
         hidden_TD, weight_VD = case.hidden_TD.requires_grad_(), case.weight_VD.requires_grad_()
         with LargestTensor(ignore={weight_VD.nbytes, hidden_TD.nbytes}) as seen:
@@ -347,7 +351,7 @@ def test_memory_of_the_plans() -> None:
             logp_R.sum().backward()
         largest[R] = seen.num_bytes
     assert largest[40] == 40 * V * 4  # the store
-    assert all(0.9 < largest[R] / (workspace_mib << 20) <= 1.0 for R in (60, 500, 4000)), largest
+    assert all(0.8 < largest[R] / (workspace_mib << 20) <= 1.0 for R in (60, 500, 2000)), largest
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ DIALOGUE = [
 ]
 CALL_TEXT = '\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": "<é>"}}\n</tool_call>'
 
-# A template without generation blocks, in the manner of bracket formats: BOS once, EOS behind each answer.
+# No generation blocks, in the manner of bracket formats: BOS once, EOS behind each answer.
 BRACKETS = """\
 {{ bos_token }}
 {%- for m in messages %}
@@ -45,7 +45,9 @@ def learned(template, messages, first=0):
 
 def test_chatml():
     text, spans = learned(built_in("chatml"), DIALOGUE)
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n")
+    assert text.startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+    )
     assert text.endswith("<|im_start|>assistant\n \nYou are welcome\n<|im_end|>\n")
     assert spans == [
         f"Let me see. {CALL_TEXT}<|im_end|>",
@@ -58,8 +60,8 @@ def test_chatml():
 def test_dialogue():
     text, spans = learned(built_in("dialogue"), DIALOGUE)
     assert text == (
-        f"\n\nSystem: Be brief.\n\nHuman: 2+2?\n\nAssistant: Let me see. {CALL_TEXT}\n\nTool: 4\n\nAssistant: 4"
-        "\n\nHuman: Thanks\n\nAssistant:  \nYou are welcome\n"
+        f"\n\nSystem: Be brief.\n\nHuman: 2+2?\n\nAssistant: Let me see. {CALL_TEXT}\n\nTool: "
+        "4\n\nAssistant: 4\n\nHuman: Thanks\n\nAssistant:  \nYou are welcome\n"
     )
     assert spans == [f" Let me see. {CALL_TEXT}", " 4", "  \nYou are welcome\n"]
     assert not built_in("dialogue").closes_turns
@@ -76,10 +78,10 @@ def test_prompt_is_the_start_of_the_dialogue(name):
         assert len(spans) == {2: 3, 4: 2, 6: 1}[turn]
 
 
-
-
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), st.text()), min_size=1, max_size=5))
+@given(
+    st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), st.text()), min_size=1, max_size=5)
+)
 def test_hh_text_survives_parsing_and_rendering(turns):
     text = "".join(f"\n\n{speaker}: {said}" for speaker, said in turns)
     assert built_in("dialogue").render(parse_transcript(text)) == text
@@ -124,7 +126,9 @@ def test_prefix_masks_equal_block_masks():
 )
 def test_end_of_turn_carries_loss_wherever_the_block_ends(turn):
     text = "{% for m in messages %}<{{ m.role }}>" + turn + "{% endfor %}"
-    only_answers = text.replace("{% generation", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation")
+    only_answers = text.replace(
+        "{% generation", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation"
+    )
     only_answers = only_answers.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
     messages = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("assistant", ""))
@@ -134,10 +138,13 @@ def test_end_of_turn_carries_loss_wherever_the_block_ends(turn):
 
 
 def test_a_template_whose_past_changes_is_refused_by_turn():
-    forgetful = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content | upper }};{% endfor %}"
+    forgetful = "{% for m in messages %}<{{ m.role }}>"
+    forgetful += "{{ m.content if loop.last else m.content | upper }};{% endfor %}"
     forgetful += "{% if add_generation_prompt %}<assistant>{% endif %}"
     template = ChatTemplate(forgetful, name="forgetful")
-    with pytest.raises(ValueError, match=r"forgetful renders turn 1 \(assistant\) differently.*generation"):
+    with pytest.raises(
+        ValueError, match=r"forgetful renders turn 1 \(assistant\) differently.*generation"
+    ):
         template.render_with_spans(
             [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
         )
@@ -150,7 +157,9 @@ def test_template_errors():
     with pytest.raises(ValueError, match=r"brackets failed \(no role tool\) on turns: user, tool"):
         template.render([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
     with pytest.raises(ValueError, match=r"failed .*unsafe"):
-        ChatTemplate("{{ messages.__class__.__mro__ }}{{ ''.__class__.__mro__ }}", name="evil").render([])
+        ChatTemplate(
+            "{{ messages.__class__.__mro__ }}{{ ''.__class__.__mro__ }}", name="evil"
+        ).render([])
     with pytest.raises(ValueError, match="overlap"):
         nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
         ChatTemplate(nested, name="nested").render([])
@@ -158,7 +167,8 @@ def test_template_errors():
 
 def test_environment_as_tokenizers_templates_expect():
     text = (
-        "{% for x in [1, 2, 3] %}\n    {% if x == 2 %}{% continue %}{% endif %}\n{{ x }}\n{% endfor %}\n"
+        "{% for x in [1, 2, 3] %}\n    {% if x == 2 %}{% continue %}{% endif %}\n{{ x }}\n"
+        "{% endfor %}\n"
         "{{ {'b': '<é>', 'a': 1} | tojson }} {{ strftime_now('%Y') | length }} {{ tools is none }}"
     )
     assert ChatTemplate(text, name="t").render([]) == '1\n3\n{"b": "<é>", "a": 1} 4 True'
@@ -166,7 +176,9 @@ def test_environment_as_tokenizers_templates_expect():
 
 def test_choosing(tmp_path):
     def choose(setting, tokenizer_template=None):
-        return choose_template(setting, tokenizer_template=tokenizer_template, special_texts=SPECIAL)
+        return choose_template(
+            setting, tokenizer_template=tokenizer_template, special_texts=SPECIAL
+        )
 
     auto = choose("auto")
     assert (auto.template.name, auto.for_text) == ("dialogue", False)
@@ -178,5 +190,7 @@ def test_choosing(tmp_path):
     (tmp_path / "mine.jinja").write_text(BRACKETS)
     mine = choose(str(tmp_path / "mine.jinja"))
     assert (mine.template.text, mine.for_text) == (BRACKETS, True)
-    with pytest.raises(ValueError, match="data.template is 'chatlm'.*auto, none, chatml, dialogue"):
+    with pytest.raises(
+        ValueError, match=r"data\.template is 'chatlm'.*auto, none, chatml, dialogue"
+    ):
         choose("chatlm")

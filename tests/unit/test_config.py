@@ -225,7 +225,11 @@ def test_check_accepts_a_runnable_config(tmp_path):
         ("data.train=[]", 1, ["data.train = []", "--set data.train=PATH"]),
         ("data.max_length=4096", 1, ["max_length = 4096", "pack_length = 2048"]),
         ("model.vocab_size=0", 1, ["model.vocab_size = 0", "data.tokenizer", "model.init_from"]),
-        ("algo.name=sft algo.reference=online", 1, ["algo.reference", "compares with no reference"]),
+        (
+            "algo.name=sft algo.reference=online",
+            1,
+            ["algo.reference", "compares with no reference"],
+        ),
         ("model.kv_shift_init=random", 1, ["model.kv_shift_init", "model.kv_shift is false"]),
         ("train.recompute_layers=2", 1, ["recompute_layers = 2", 'recompute = "none"']),
         ("optimizer.betas=[0.9,1.0]", 1, ["optimizer.betas = [0.9, 1.0]", "below 1"]),

@@ -66,9 +66,7 @@ def test_hh_transcript_that_parts_before_the_last_turn():
     chosen = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
     rejected = "\n\nHuman: a\n\nAssistant: bad"
     pair = parse({"chosen": chosen, "rejected": rejected})
-    assert pair == TextPair(
-        "\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " bad"
-    )
+    assert pair == TextPair("\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " bad")
     assert [pair.chosen[a:b] for a, b in transcript_spans(pair.chosen)] == [" b", " d"]
 
 
@@ -91,7 +89,10 @@ def test_messages_with_tools():
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
     value = {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}],
+            },
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "content": "4", "name": "add"},
             FOUR,
@@ -162,16 +163,16 @@ def test_sft_ignores_the_rejected_answer():
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "pairs", '"prompt" is a number'),
         ({"prompt": "p", "chosen": None, "rejected": "b"}, "pairs", '"chosen" is a null'),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "pairs", '"prompt" is an empty list'),
-        ({"prompt": "p", "chosen": [USER], "rejected": "b"}, "pairs", "starts with a turn of role 'user'"),
+        ({"prompt": "p", "chosen": [USER], "rejected": "b"}, "pairs", "a turn of role 'user'"),
         ({"chosen": "a", "rejected": [USER]}, "pairs", '"chosen" is a string'),
         ({"messages": [USER, FOUR]}, "pairs", 'a "messages" record; preference training needs'),
         ({"messages": "hello"}, "sft", '"messages" is a string'),
         ({"messages": ["hello"]}, "sft", r"messages\[0\] has a string"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "sft", r"messages\[0\] has role 'bot'"),
         ({"messages": [{"role": "user"}]}, "sft", r"messages\[0\].content is a null"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "sft", "content is a list"),
+        ({"messages": [USER | {"content": [{"type": "image"}]}]}, "sft", "content is a list"),
         ({"messages": [FOUR | {"tool_calls": "f"}]}, "sft", "tool_calls is not a list"),
-        ({"messages": [FOUR | {"tool_calls": [{"function": {}}]}]}, "sft", "without a function name"),
+        ({"messages": [FOUR | {"tool_calls": [{"function": {}}]}]}, "sft", "without a func"),
         ({"messages": [USER, FOUR], "tools": "f"}, "sft", '"tools" is a string'),
     ],
 )  # fmt: skip
@@ -192,7 +193,11 @@ def test_plain_and_gzip_are_told_apart_by_content(tmp_path):
     for name in ("plain.gz", "packed.jsonl"):
         path = tmp_path / name
         found = [(str(source), value) for source, value in read_objects(path, 2)]
-        assert found == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"b": "é"}), (f"{path}:4", {"c": 3})]
+        assert found == [
+            (f"{path}:1", {"a": 1}),
+            (f"{path}:3", {"b": "é"}),
+            (f"{path}:4", {"c": 3}),
+        ]
 
 
 @pytest.mark.parametrize(

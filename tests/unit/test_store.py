@@ -1,4 +1,5 @@
-"""From files to tokens: masks of every format, truncation, counts, keys, and folders that appear whole or not at all."""
+"""From files to tokens: masks of every format, truncation, counts, keys, and folders that appear
+whole or not at all."""
 
 import json
 from dataclasses import replace
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nova_sys.data.render import TokenPart, prompt_ids
 from nova_sys.data.store import StoreSpec, TokenStore, build_store, fit_lengths, truncate
-from nova_sys.data.render import TokenPart
 from nova_sys.data.token_store import ATTENTION_PAIRS_PER_TOKEN
 from nova_sys.data.tokenizer import train_sentencepiece
 
@@ -52,7 +53,8 @@ def split(tokenizer, part):
             runs.append(([], loss))
         runs[-1][0].append(token)
     return [
-        ("".join(names.get(t) or tokenizer.decode([t]) for t in tokens), loss) for tokens, loss in runs
+        ("".join(names.get(t) or tokenizer.decode([t]) for t in tokens), loss)
+        for tokens, loss in runs
     ]
 
 
@@ -65,25 +67,35 @@ CHAT = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
-    ("record", "template", "prefix", "chosen", "rejected"),
+    ("record", "template", "prefix", "answers"),
     [
-        (PAIR, "auto", "<s>2+2=", "4</s>", "5</s>"),
-        (PAIR, "none", "<s>2+2=", "4</s>", "5</s>"),
-        (PAIR, "dialogue", "<s>\n\nHuman: 2+2=\n\nAssistant:", " 4</s>", " 5</s>"),
-        (PAIR, "chatml", "<s>" + CHAT.replace("?", "="), "4<|im_end|>", "5<|im_end|>"),
-        (TURNS, "auto", "<s>\n\nHuman: 2+2?\n\nAssistant:", " 4</s>", " 5</s>"),
-        (TURNS, "chatml", "<s>" + CHAT, "4<|im_end|>", "5<|im_end|>"),
-        (TRANSCRIPT, "auto", "<s>" + HH, " no, four</s>", " yes</s>"),
-        (TRANSCRIPT, "dialogue", "<s>" + HH, " no, four</s>", " yes</s>"),
+        (PAIR, "auto", "<s>2+2=", ("4</s>", "5</s>")),
+        (PAIR, "none", "<s>2+2=", ("4</s>", "5</s>")),
+        (PAIR, "dialogue", "<s>\n\nHuman: 2+2=\n\nAssistant:", (" 4</s>", " 5</s>")),
+        (PAIR, "chatml", "<s>" + CHAT.replace("?", "="), ("4<|im_end|>", "5<|im_end|>")),
+        (TURNS, "auto", "<s>\n\nHuman: 2+2?\n\nAssistant:", (" 4</s>", " 5</s>")),
+        (TURNS, "chatml", "<s>" + CHAT, ("4<|im_end|>", "5<|im_end|>")),
+        (TRANSCRIPT, "auto", "<s>" + HH, (" no, four</s>", " yes</s>")),
+        (TRANSCRIPT, "dialogue", "<s>" + HH, (" no, four</s>", " yes</s>")),
     ],
 )
-def test_pairs(build, tokenizer, record, template, prefix, chosen, rejected):
+def test_pairs(build, tokenizer, record, template, prefix, answers):
+    chosen, rejected = answers
     store = build([record], template=template)
     expected = [[(prefix, 0)], [(chosen, 1)], [(rejected, 1)]]
     assert [split(tokenizer, part) for part in parts_of(store)] == expected
     sft = build([record], "sft", template=template)
     assert [split(tokenizer, part) for part in parts_of(sft)] == [[], [(prefix, 0), (chosen, 1)]]
     assert (store.num_responses, sft.num_responses) == (2, 1)
+
+
+@pytest.mark.parametrize("template", ["auto", "dialogue", "chatml"])
+@pytest.mark.parametrize("record", [PAIR, TURNS])
+def test_prompts_for_generation_are_the_prefixes_of_training(build, tokenizer, record, template):
+    store = build([record], template=template)
+    assert prompt_ids([record["prompt"]], tokenizer, template) == [
+        parts_of(store)[0].tokens.tolist()
+    ]
 
 
 def test_pair_answer_with_further_turns_has_loss_on_the_assistant_only(build, tokenizer):
@@ -101,7 +113,7 @@ def test_pair_answer_with_further_turns_has_loss_on_the_assistant_only(build, to
 def test_messages(build, tokenizer):
     call = {"function": {"name": "f", "arguments": {"é": "你"}}}
     messages = [
-        {"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "é", "tool_calls": [call]},
+        {"role": "system", "content": "s"}, USER, FOUR | {"content": "é", "tool_calls": [call]},
         {"role": "tool", "content": "r"}, FOUR, USER,
     ]  # fmt: skip
     store = build([{"messages": messages}], "sft", template="chatml")
@@ -173,7 +185,9 @@ def test_refusals_name_file_and_line(build, tmp_path):
         build([PAIR, '{"prompt"\n'])
     with pytest.raises(ValueError, match=r"data\.jsonl:2: a \"messages\" record"):
         build([PAIR, {"messages": [USER, FOUR]}])
-    with pytest.raises(ValueError, match=r"no usable record in .*data\.jsonl:1: chosen and rejected are the same"):
+    with pytest.raises(
+        ValueError, match=r"no usable record in .*data\.jsonl:1: chosen and rejected are the same"
+    ):
         build([PAIR | {"rejected": "4"}] * 2)
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(ValueError, match=r"data\.jsonl:1: the chat template .* failed \(no\)"):
@@ -210,12 +224,17 @@ def test_key_covers_what_shapes_the_tokens(tokenizer, tmp_path):
     (tmp_path / "copy.jsonl").write_text(json.dumps(PAIR))
     other = train_sentencepiece(["abc abd"] * 9, 300, tmp_path / "o.model")
     base = StoreSpec(str(path), tokenizer, "pairs", 64)
-    same = [replace(base), replace(base, train=str(tmp_path / "copy.jsonl")), replace(base, max_length=64)]
+    same = [
+        replace(base),
+        replace(base, train=str(tmp_path / "copy.jsonl")),
+        replace(base, max_length=64),
+    ]
     assert {spec.key for spec in same} == {base.key}
     changed = [
         replace(base, tokenizer=other), replace(base, kind="sft"), replace(base, pack_length=128),
-        replace(base, max_length=32), replace(base, template="dialogue"), replace(base, template="chatml"),
-        replace(base, template="none"), replace(base, share_prefix=False), replace(base, train=[str(path)] * 2),
+        replace(base, max_length=32), replace(base, template="dialogue"),
+        replace(base, template="chatml"), replace(base, template="none"),
+        replace(base, share_prefix=False), replace(base, train=[str(path)] * 2),
     ]  # fmt: skip
     path.write_text(json.dumps(PAIR) + "\n")
     changed.append(replace(base))
@@ -274,7 +293,9 @@ def test_lengths_and_work(build):
             prefix, *responses = (len(p.tokens) for p in parts_of(store, d))
             if share:
                 lengths.append(prefix + sum(responses))
-                pairs = prefix * (prefix + 1) / 2 + sum(r * prefix + r * (r + 1) / 2 for r in responses)
+                pairs = prefix * (prefix + 1) / 2 + sum(
+                    r * prefix + r * (r + 1) / 2 for r in responses
+                )
             else:
                 lengths.append(sum(prefix + r for r in responses))
                 pairs = sum((prefix + r) * (prefix + r + 1) / 2 for r in responses)
@@ -337,7 +358,7 @@ def test_prefix_loses_its_start_and_responses_their_ends():
         [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22], [30, 31, 32]], ["prefix"],
     )  # fmt: skip
     assert cut([part(0, 13, 0), part(20, 30), part(40, 43)]) == (
-        [[9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41, 42]], ["prefix", "response"],
+        [[9, 10, 11, 12], list(range(20, 29)), [40, 41, 42]], ["prefix", "response"],
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nova_sys import telemetry
-from nova_sys.config import LogConfig
+from nova_sys.algo import build_algorithm
+from nova_sys.config import AlgoConfig, LogConfig
+from nova_sys.config_io import TYPES
 from nova_sys.telemetry import TAGS, Profiler, Telemetry
 
 QUIET = LogConfig(tensorboard=False, progress=False, every_steps=1000)
@@ -75,6 +78,12 @@ def test_unknown_metric_names_the_nearest(tmp_path):
         recorder.step({"loss": 1.0})
     recorder.close()
     assert rows(tmp_path) == []
+
+
+def test_every_metric_of_every_algorithm_has_a_tag():
+    for name in typing.get_args(TYPES["algo.name"]):
+        algorithm = build_algorithm(AlgoConfig(name=name))
+        assert {*algorithm.metric_names, algorithm.count_name} <= set(TAGS)
 
 
 def test_resume_takes_back_later_rows(tmp_path):

@@ -101,7 +101,7 @@ def _add_to_previous_rows(
     """
     branch_rows = dx_TXH.index_select(0, index.branch_J)
     dx_TXH.index_fill_(0, index.break_I, 0.0)
-    out_TXH[:-1] += dx_TXH[1:]
+    out_TXH[:-1].add_(dx_TXH[1:])  # += would also copy the slice onto itself
     if out_TXH.is_cuda:  # index_add_ uses atomics there; this one sorts
         return out_TXH.index_put_((index.branch_previous_J,), branch_rows, accumulate=True)
     return out_TXH.index_add_(0, index.branch_previous_J, branch_rows)

@@ -139,7 +139,7 @@ class _BlockedAttention(torch.autograd.Function):
             _unfold_into(dq_TNH[lo:hi], torch.bmm(dscore_KRL, key_LKH.transpose(0, 1)))
             _add_to_keys(dkey_TKH, block, torch.bmm(dscore_KRL.transpose(1, 2), q_KRH))
             _add_to_keys(dvalue_TKH, block, torch.bmm(p_KRL.transpose(1, 2), dout_KRH))
-        dkey_TKH *= ctx.softmax_scale
+        dkey_TKH.mul_(ctx.softmax_scale)
         return (dq_TNH, dkey_TKH.to(k_TKH.dtype), dvalue_TKH.to(v_TKH.dtype), *[None] * 4)
 
 
@@ -178,8 +178,8 @@ def _add_to_keys(dx_TKH: torch.Tensor, block: Block, dx_KLH: torch.Tensor) -> No
     _, hi, start, prefix_start, prefix_end = block
     dx_LKH, prefix = dx_KLH.transpose(0, 1), prefix_end - prefix_start
     if prefix > 0:
-        dx_TKH[prefix_start:prefix_end] += dx_LKH[:prefix]
-    dx_TKH[start:hi] += dx_LKH[prefix:]
+        dx_TKH[prefix_start:prefix_end].add_(dx_LKH[:prefix])
+    dx_TKH[start:hi].add_(dx_LKH[prefix:])
 
 
 def _fold(x_nNH: torch.Tensor, K: int) -> torch.Tensor:
@@ -198,5 +198,6 @@ def _scores(
     q_KRH: torch.Tensor, key_LKH: torch.Tensor, mask_RR: torch.Tensor, rows: int
 ) -> torch.Tensor:
     score_KRL = torch.bmm(q_KRH, key_LKH.permute(1, 2, 0))
-    score_KRL[:, :, -rows:] += mask_RR[: q_KRH.shape[1], :rows]
+    # add_, not +=: on a slice += also copies the sum onto itself
+    score_KRL[:, :, -rows:].add_(mask_RR[: q_KRH.shape[1], :rows])
     return score_KRL

@@ -1,0 +1,63 @@
+# Every target sets up what it needs: .venv with pinned packages and the C++ extension. A second call skips that.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Python 3.10 to 3.12; `make PYTHON=/path/to/python3.12 ...` chooses another one.
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
+HARDWARE := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo h100 || echo cpu)
+CONSTRAINTS := constraints/$(HARDWARE).txt
+# The CPU build of torch has an index of its own; asked for torch alone, it cannot slow the rest down.
+TORCH_INDEX := $(if $(filter cpu,$(HARDWARE)),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed-$(HARDWARE)
+BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+LINTED := nova_sys kernels benchmarks tests setup.py
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo 'make demo    align a small model from nothing: data, tokenizer, SFT, DPO, evaluation, into runs/demo'
+	@echo 'make test    every test that needs neither a GPU nor more than a minute'
+	@echo 'make lint    ruff, clang-format, pyright'
+	@echo 'make bench   the benchmarks of benchmarks/registry.py, into benchmarks/results'
+	@echo 'make setup   .venv with pinned packages ($(CONSTRAINTS)) and the C++ extension'
+	@echo 'make clean   remove build products (not .venv, not runs)'
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/nova demo --out runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -q --durations=10 $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f kernels/nova_kernels/_C*.so .venv/.installed-*
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'Python 3.10, 3.11 or 3.12 was not found: install one, or say make PYTHON=/path/to/python3.12'; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python 3.10, 3.11 or 3.12'; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints/common.txt $(CONSTRAINTS) $(BUILT_FROM) | $(BIN)/python
+	$(PIP) install -q -c $(CONSTRAINTS) setuptools wheel pybind11 cmake ninja
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps --retries 1 $(TORCH_INDEX) torch
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The model: Megatron-core's GPT wired to the kernels of nova_kernels."""

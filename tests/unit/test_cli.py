@@ -1,0 +1,177 @@
+"""The `nova` command as a user meets it: help, messages, exit codes, and what it hands on."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from nova_sys import cli
+from nova_sys.config_io import TYPES
+
+COMMANDS = ["train", "prepare", "evaluate", "generate", "keys", "demo"]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    yield
+    logging.captureWarnings(False)
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h).__module__ == "nova_sys.log"]:
+        root.removeHandler(handler)
+
+
+@pytest.fixture
+def nova(monkeypatch, capsys):
+    """Runs `nova ...` in this process: (exit code, stdout, stderr)."""
+
+    def run(*argv: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nova", *map(str, argv)])
+        monkeypatch.delenv("NOVA_DEBUG", raising=False)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return caught.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Catches what would be launched; the job ends with exit code 5."""
+    calls = []
+
+    def launch(*call: object) -> int:
+        calls.append(call)
+        return 5
+
+    monkeypatch.setattr(cli, "launch", launch)
+    return calls
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[data]\ntrain = "pairs.jsonl"\n[model]\nvocab_size = 512\n')
+    return path
+
+
+def test_help_lists_every_command():
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert all(f" {command} " in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--set", "--nproc", "--dry-run"]),
+        ("prepare", ["--set"]),
+        ("evaluate", ["--data", "--reference", "--set", "--nproc", "--per-pair", "--with-ids"]),
+        ("generate", ["--file", "--max-new-tokens", "--set"]),
+        ("keys", []),
+        ("demo", ["--out"]),
+    ],
+)
+def test_help_of_each_command(command, options):
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert all(option in result.output for option in options)
+
+
+def test_help_does_not_wait_for_heavy_imports():
+    heavy = "{'torch', 'numpy', 'pydantic', 'megatron', 'rich.live'}"
+    code = f"import sys, nova_sys.cli; print(sorted({heavy} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_train_checks_the_recipe_before_it_starts_processes(nova, recipe, launched):
+    code, out, err = nova("train", recipe, "--set", "data.trian=x", "--nproc", 2)
+    assert code == 2 and out == "" and launched == []
+    assert "did you mean data.train?" in err and err.startswith("error: data.trian")
+    assert "Traceback" not in err
+    code, _, err = nova("train", recipe, "--set", "parallel.tensor=4", "--nproc", 2)
+    assert code == 2 and launched == []
+    assert "4 * 1 = 4: must divide the number of processes, 2" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch, recipe):
+    monkeypatch.setenv("NOVA_DEBUG", "0")  # restored after the test: --debug sets it
+    monkeypatch.setattr(sys, "argv", ["nova", "--debug", "train", str(recipe), "--set", "a.b=1"])
+    with pytest.raises(ValueError, match="unknown key"):
+        cli.main()
+
+
+def test_a_fault_is_not_dressed_as_a_mistake(monkeypatch, recipe):
+    def launch(*_: object) -> int:
+        return int("no number")  # a ValueError too, but not one of ours with advice in it
+
+    monkeypatch.setattr(cli, "launch", launch)
+    monkeypatch.setattr(sys, "argv", ["nova", "train", str(recipe)])
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main()
+
+
+def test_train_hands_on_recipe_and_overrides(nova, recipe, launched):
+    flags = ["--set", "train.steps=3", "--set", "run.dir=a b"]
+    code, _, _ = nova("train", recipe, *flags, "--nproc", 2)
+    assert code == 5
+    assert launched == [("nova_sys.train", [str(recipe), *flags], 2)]
+
+
+def test_dry_run_prints_the_plan_for_that_many_processes(nova, recipe, launched, monkeypatch):
+    plan = types.ModuleType("nova_sys.plan")
+    plan.plan_text = lambda config, world: f"{config.train.steps} steps on {world}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nova_sys.plan", plan)
+    code, out, _ = nova("train", recipe, "--set", "train.steps=3", "--nproc", 4, "--dry-run")
+    assert (code, out, launched) == (0, "3 steps on 4\n", [])
+
+
+def test_evaluate_hands_on_its_arguments(nova, launched):
+    arguments = ["--data", "a.jsonl", "--data", "b.jsonl", "--reference", "sft"]
+    outputs = ["--per-pair", "out.jsonl", "--with-ids", "--set", "algo.beta=0.2"]
+    code, _, _ = nova("evaluate", "runs/x", *arguments, *outputs, "--nproc", 2)
+    assert code == 5
+    assert launched == [("nova_sys.evaluate", ["runs/x", *arguments, *outputs], 2)]
+    code, _, err = nova("evaluate", "runs/x", "--data", "a.jsonl", "--with-ids")
+    assert code == 2 and "give --per-pair OUT.jsonl too" in err
+
+
+def test_generate_reads_arguments_and_file(nova, tmp_path, monkeypatch):
+    fake = types.ModuleType("nova_sys.generate")
+
+    def generate_greedy(checkpoint, prompts, max_new_tokens, *, overrides):
+        assert (str(checkpoint), max_new_tokens, overrides) == ("runs/x", 8, ["parallel.tensor=1"])
+        return [prompt.upper() if isinstance(prompt, str) else str(prompt) for prompt in prompts]
+
+    fake.generate_greedy = generate_greedy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nova_sys.generate", fake)
+    (tmp_path / "prompts.txt").write_text("b=\nc=\n")
+    options = ["--file", tmp_path / "prompts.txt", "--max-new-tokens", 8]
+    code, out, _ = nova("generate", "runs/x", "a=", *options, "--set", "parallel.tensor=1")
+    assert (code, out) == (0, "a=A=\nb=B=\nc=C=\n")
+    options = ["--max-new-tokens", 8, "--set", "parallel.tensor=1", "--chat"]
+    code, out, _ = nova("generate", "runs/x", "hi ", *options)
+    assert (code, out) == (0, "hi [{'role': 'user', 'content': 'hi '}]\n")
+    code, _, err = nova("generate", "runs/x")
+    assert code == 2 and "no prompts" in err
+    code, _, err = nova("generate", "runs/x", "--file", tmp_path / "absent.txt")
+    assert code == 2 and "absent.txt: cannot be read" in err
+
+
+def test_keys_lists_every_key_once(nova):
+    code, out, _ = nova("keys")
+    assert code == 0
+    assert [line.split(" = ")[0] for line in out.splitlines()] == list(TYPES)
+    assert "algo.beta = 0.1" in out and "Strength of the pull" in out
+
+
+@pytest.mark.parametrize("argv", [["trian"], ["train"], ["train", "r.toml", "--nproc", "0"]])
+def test_wrong_usage_exits_with_2(nova, argv):
+    code, _, err = nova(*argv)
+    assert code == 2 and "Usage" in err

@@ -1,0 +1,186 @@
+"""Packing and loading: every document once per epoch, whatever the layout; a pure function of step
+and seed."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nova_sys.data.loader import PackLoader
+from nova_sys.data.packing import balance, pack_documents
+
+CAPACITY = 32
+
+
+class LengthStore:
+    """Documents of the given lengths, one SFT response each; token = document number + 1."""
+
+    def __init__(self, lengths):
+        ends = np.cumsum(lengths)
+        self.part_offsets = np.append(np.repeat(ends - lengths, 2), ends[-1])  # empty prefixes
+        self.document_parts = np.arange(len(lengths) + 1) * 2
+        self.tokens = np.repeat(np.arange(len(lengths)) + 1, lengths).astype(np.int32)
+        self.loss = np.ones(len(self.tokens), np.uint8)
+        self._lengths = np.array(lengths, np.int32)
+
+    def document_lengths(self, share_prefix):
+        return self._lengths
+
+    def document_work(self, share_prefix):
+        return self._lengths.astype(np.float64) ** 2
+
+    def source_of(self, document):
+        return f"file:{document + 1}"
+
+
+def make(lengths, rank=0, size=1, **options):
+    options = {"global_batch_packs": 4, "seed": 1} | options
+    return PackLoader(
+        LengthStore(lengths),
+        pack_length=CAPACITY,
+        data_rank=rank,
+        data_size=size,
+        share_prefix=True,
+        **options,
+    )
+
+
+LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(0, 5), st.integers(0, 5))
+def test_packing(lengths, seed, epoch):
+    lengths = np.array(lengths, np.int32)
+    plan = pack_documents(lengths, CAPACITY, seed=seed, epoch=epoch)
+    assert sorted(plan.order) == list(range(len(lengths)))
+    assert plan.offsets[0] == 0 and plan.offsets[-1] == len(lengths)
+    sums = [lengths[plan.documents(i)].sum() for i in range(plan.num_packs)]
+    assert all(0 < s <= CAPACITY for s in sums)
+    assert sum(s <= CAPACITY // 2 for s in sums) <= 1  # two half-empty packs would have been one
+    again = pack_documents(lengths, CAPACITY, seed=seed, epoch=epoch)
+    assert np.array_equal(plan.order, again.order)
+    assert np.array_equal(plan.offsets, again.offsets)
+    assert pack_documents(lengths, CAPACITY, seed=seed, epoch=epoch + 1).num_packs == plan.num_packs
+
+
+def test_epochs_and_seeds_differ():
+    lengths = np.full(64, 8, np.int32)
+    plans = [pack_documents(lengths, CAPACITY, seed=s, epoch=e) for s in (0, 1) for e in (0, 1)]
+    together = [{frozenset(p.documents(i).tolist()) for i in range(p.num_packs)} for p in plans]
+    assert len({frozenset(t) for t in together}) == 4  # who shares a pack
+    mixed = np.arange(1, 33, dtype=np.int32)  # all lengths differ: only the order of packs can
+    orders = {tuple(pack_documents(mixed, CAPACITY, seed=0, epoch=e).order) for e in range(4)}
+    assert len(orders) == 4
+
+
+def test_longer_than_a_pack():
+    with pytest.raises(ValueError, match="33"):
+        pack_documents(np.array([33], np.int32), CAPACITY, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"file:2: the document takes 33 tokens, a pack has 32"):
+        make([4, 33])
+
+
+def test_balance_evens_the_work():
+    work = np.array([9.0, 1, 8, 2, 7, 3, 6, 4])
+    groups = balance(work, 4)
+    assert sorted(groups.ravel()) == list(range(8))
+    assert [work[g].sum() for g in groups] == [10, 10, 10, 10]
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(0, 3))
+def test_each_document_once_per_epoch_on_any_layout(lengths, seed):
+    loaders = {
+        size: [make(lengths, r, size, epochs=2, seed=seed) for r in range(size)]
+        for size in (1, 2, 4)
+    }
+    one = loaders[1][0]
+    steps = one.steps_for(2)
+    seen = []
+    for step in range(steps):
+        by_size = {}
+        for size, ranks in loaders.items():
+            packs = [pack for loader in ranks for pack in loader.micro_batches(step)]
+            assert len(packs) == 4
+            by_size[size] = sorted(pack.document_P.tolist() for pack in packs)
+        assert by_size[1] == by_size[2] == by_size[4]
+        seen += [d for pack in one.documents_of(step) for d in pack]
+        tokens = np.concatenate([p.tokens_T for p in one.micro_batches(step)])
+        step_documents = np.concatenate(one.documents_of(step))
+        assert np.array_equal(np.unique(tokens[tokens > 0]), np.unique(step_documents) + 1)
+    assert sorted(seen) == sorted([*range(len(lengths))] * 2)
+    first_epoch = seen[: len(lengths)]
+    assert sorted(first_epoch) == list(range(len(lengths)))
+    for step in (steps, steps + 3):
+        assert all(pack.num_tokens == 0 for pack in one.micro_batches(step))
+
+
+def test_pure_in_step_and_endless_without_epochs():
+    lengths = np.random.default_rng(0).integers(1, CAPACITY, 50)
+    forward, backward = make(lengths), make(lengths)
+    steps = 3 * forward.packs_per_epoch // 4 + 2
+    expected = [[p.tokens_T.tolist() for p in forward.micro_batches(s)] for s in range(steps)]
+    for step in reversed(range(steps)):
+        assert [p.tokens_T.tolist() for p in backward.micro_batches(step)] == expected[step]
+    assert forward.last_pack is None
+    assert len(forward._plans) <= 2  # memory does not grow with the epochs
+    assert all(p.num_tokens > 0 for s in (steps, 100 * steps) for p in forward.micro_batches(s))
+
+
+def test_last_step_is_filled_with_empty_packs():
+    loader = make([CAPACITY] * 10, epochs=0.5)  # 10 packs, 5 wanted, 4 per step
+    assert (loader.packs_per_epoch, loader.last_pack, loader.steps_for(0.5)) == (10, 5, 2)
+    assert [p.num_tokens for p in loader.micro_batches(0)] == [CAPACITY] * 4
+    assert sorted(p.num_tokens for p in loader.micro_batches(1)) == [0, 0, 0, CAPACITY]
+    assert loader.fill == 1.0
+    assert make([CAPACITY] * 50, epochs=1.1).last_pack == 55  # 1.1 * 50 is a little over 55
+
+
+def test_work_is_balanced_over_ranks():
+    lengths = [
+        32,
+        32,
+        8,
+        8,
+        8,
+        8,
+    ] * 8  # packs of one long document cost four times as much as packs of four
+    ranks = [make(lengths, r, 2, global_batch_packs=24) for r in range(2)]
+    costs = [
+        sum(ranks[0]._work[p.document_P].sum() for p in loader.micro_batches(0)) for loader in ranks
+    ]
+    assert costs[0] == costs[1]
+
+
+def test_global_batch_must_divide():
+    with pytest.raises(ValueError, match="global_batch_packs is 6 and the data-parallel size 4"):
+        make([1], 0, 4, global_batch_packs=6)
+
+
+def test_prefetching_gives_the_same_batches_from_any_step():
+    loader = make([5, 9, 30, 12, 7] * 6)
+    for start in (3, 0):
+        loader.start(start)
+        for step in range(start, start + 6):
+            got = [p.tokens_T.tolist() for p in loader.next()]
+            assert got == [p.tokens_T.tolist() for p in loader.micro_batches(step)]
+    thread = loader._thread._thread
+    loader.stop()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="before start"):
+        loader.next()
+
+
+def test_an_error_in_the_thread_reaches_the_caller(monkeypatch):
+    loader = make([5, 9, 30])
+
+    def fail(step):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(loader, "micro_batches", fail)
+    loader.start(0)
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk gone"):
+            loader.next()
+    loader.stop()
