@@ -6,7 +6,9 @@ FLOPs; the backward pass costs twice the forward.
 
 from __future__ import annotations
 
+import math
 import resource
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,13 +48,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that MFU is a share of: the data sheet's dense bf16 peak of a known GPU, else a 1024^3 GEMM measured here (fp32 on a CPU,
+    with the threads this rank has)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_BF16_TFLOPS.items():
+            if known in name:
+                return 1e12 * tflops
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    best_s = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best_s = min(best_s, time.perf_counter() - began)
+    return 2 * 1024**3 / best_s
+
+
 class StepClock:
     """Turns a step's packs and seconds into the record's throughput fields, summed over the data-parallel ranks."""
 
     def __init__(self, model: ModelConfig, parallel: Parallel, *, head_dim: int, vocab_size: int) -> None:
         self.model, self.parallel, self.head_dim, self.vocab_size = model, parallel, head_dim, vocab_size
-        name = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else ""
-        self.peak_flops = next((1e12 * v for k, v in PEAK_BF16_TFLOPS.items() if k in name), None)
+        self.peak_flops = peak_flops(parallel.device)
 
     def record(self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float) -> dict[str, float]:
         local = [
@@ -75,6 +93,5 @@ class StepClock:
             "fill": tokens / slots,
             "peak_gib": peak_memory_gib(self.parallel.device),
         }
-        if self.peak_flops is not None:
-            record["mfu"] = flops / step_time_s / world / self.peak_flops
+        record["mfu"] = flops / step_time_s / world / self.peak_flops
         return record

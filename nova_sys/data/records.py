@@ -14,6 +14,7 @@ Message = dict[str, Any]
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_HUMAN_TURN = re.compile(r"\n\nHuman:(?:.*?\n\nAssistant:|.*)", re.DOTALL)
 _ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -110,18 +111,13 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def transcript_spans(answer: str) -> list[tuple[int, int]]:
-    """Character ranges of `answer` (what follows a prompt's last `Assistant:`) that the assistant
-    said.
+    """Character ranges of `answer` (what follows a prompt's last `Assistant:`) that carry loss.
 
-    Almost always one range; an answer that goes on with further turns has one per assistant turn.
+    All of it, but for a human's turns in it and the marker behind them: almost always one range.
     """
     spans, start = [], 0
-    speaking = True
-    for turn in _TURN.finditer(answer):
-        if speaking:
-            spans.append((start, turn.start()))
-        speaking = turn.group(1) == "Assistant"
+    for turn in _HUMAN_TURN.finditer(answer):
+        spans.append((start, turn.start()))
         start = turn.end()
-    if speaking:
-        spans.append((start, len(answer)))
+    spans.append((start, len(answer)))
     return [span for span in spans if span[0] < span[1]]

@@ -173,18 +173,6 @@ class Renderer:
         )
 
 
-def prompt_ids(
-    prompts: Sequence[str | list[Message]], tokenizer: Tokenizer, template: str
-) -> list[list[int]]:
-    """Tokens to generate from: the very prefix that training puts in front of an answer.
-
-    Args:     prompts: text or turns.   template: the setting `data.template`.
-    """
-    renderer = Renderer(tokenizer, template, "pairs")
-    parts = tokenise([(renderer.prompt_chunk(prompt),) for prompt in prompts], tokenizer)
-    return [part.tokens.tolist() for part in parts]
-
-
 def tokenise(parts: Sequence[Part], tokenizer: Tokenizer) -> list[TokenPart]:
     """Tokens and loss flags of many parts at once (the tokenizer works in batches, on all
     cores)."""

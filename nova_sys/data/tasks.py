@@ -11,7 +11,7 @@ What the files hold, and why preference optimisation has something real to repai
   are wrong. A model that imitates this text well imitates the habits well, too: no amount of this data removes them.
 - `pairs.jsonl`, {"prompt", "chosen", "rejected"}. The chosen answer is right. The rejected one shows the habit where the
   prompt tempts to one (with probability `HABIT_SHARE`), and otherwise an accidental slip: off by one or ten, two
-  neighbours changed, an item missing. So most pairs compare two answers that the imitating model both finds likely.
+  neighbours changed, an item missing or written twice. So most pairs compare two answers that the imitating model both finds likely.
 - `eval.jsonl`, same format as the pairs, no prompt twice. None of its problems occurs in the other files, not even with
   the numbers in another order: a problem's canonical form decides on which side of the split it lies.
 
@@ -114,17 +114,19 @@ def habitual_answer(prompt: str) -> str | None:
 
 
 def accidental_answer(prompt: str, rng: random.Random) -> str:
-    """A random small slip: a sum off by one or ten, or two neighbours changed, or one item missing. Never the right answer."""
+    """A random small slip: a sum off by one or ten; two neighbours changed, or an item missing or written twice."""
     right = right_answer(prompt)
     if task_of(prompt) == "add":
         return str(int(right) + rng.choice([-10, -1, 1, 10]))
     items = right.split()
-    unequal = [i for i in range(len(items) - 1) if items[i] != items[i + 1]]
-    if unequal and rng.random() < 0.5:
-        i = rng.choice(unequal)
+    i = rng.randrange(len(items))
+    slip = rng.choice(["changed", "missing", "twice"])
+    if slip == "changed" and i + 1 < len(items) and items[i] != items[i + 1]:
         items[i], items[i + 1] = items[i + 1], items[i]
+    elif slip == "missing":
+        del items[i]
     else:
-        del items[rng.randrange(len(items))]
+        items.insert(i, items[i])
     return " ".join(items)
 
 

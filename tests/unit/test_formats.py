@@ -70,6 +70,20 @@ def test_hh_transcript_that_parts_before_the_last_turn():
     assert [pair.chosen[a:b] for a, b in transcript_spans(pair.chosen)] == [" b", " d"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        (" a", [" a"]),
+        (" a\n\nAssistant: b", [" a\n\nAssistant: b"]),  # hh-rlhf has such answers
+        (" a\n\nHuman: b", [" a"]),
+        (" a\n\nHuman: b\n\nHuman: c\n\nAssistant: d\n\nHuman:\n\nAssistant:e", [" a", " d", "e"]),
+        ("", []),
+    ],
+)
+def test_answers_carry_loss_but_for_human_turns(answer, learned):
+    assert [answer[a:b] for a, b in transcript_spans(answer)] == learned
+
+
 def test_blank_answer_of_a_transcript_is_a_judgement_but_an_empty_one_is_not():
     start = "\n\nHuman: a\n\nAssistant:"
     assert parse({"chosen": start + " ", "rejected": start + " b"}).has_blank_answer(True)

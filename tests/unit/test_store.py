@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_sys.data.render import TokenPart, prompt_ids
+from nova_sys.data.render import Renderer, TokenPart
 from nova_sys.data.store import StoreSpec, TokenStore, build_store, fit_lengths, truncate
 from nova_sys.data.token_store import ATTENTION_PAIRS_PER_TOKEN
 from nova_sys.data.tokenizer import train_sentencepiece
@@ -93,9 +93,8 @@ def test_pairs(build, tokenizer, record, template, prefix, answers):
 @pytest.mark.parametrize("record", [PAIR, TURNS])
 def test_prompts_for_generation_are_the_prefixes_of_training(build, tokenizer, record, template):
     store = build([record], template=template)
-    assert prompt_ids([record["prompt"]], tokenizer, template) == [
-        parts_of(store)[0].tokens.tolist()
-    ]
+    prompt = Renderer(tokenizer, template, "pairs").prompt_ids(record["prompt"])
+    assert prompt == parts_of(store)[0].tokens.tolist()
 
 
 def test_pair_answer_with_further_turns_has_loss_on_the_assistant_only(build, tokenizer):

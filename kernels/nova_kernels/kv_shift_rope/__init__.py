@@ -82,8 +82,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (num_positions, rotary_dim / 2) of position * base**(-2i / rotary_dim).
 
-    Computed in fp64 and rounded once to fp32: an fp32 product of a position near 10^5 and a
-    frequency is already off by 0.004 radians.
+    Computed in fp64 and rounded once to fp32: an fp32 angle near 10^5 alone is off by
+    up to 0.004 radians.
     """
     if rotary_dim % 2 or rotary_dim <= 0:
         raise ValueError(
