@@ -211,7 +211,9 @@ class Trainer:
 
         def compute() -> np.ndarray:
             logger.info("reference log-probs of %d responses: one forward pass", self.data.store.num_responses)
-            return compute_logps(self.chunks, one_pass, self.data.store.num_responses, self.parallel)
+            return compute_logps(
+                self.chunks, one_pass, self.data.store.num_responses, self.parallel, on_step=log_tenths
+            )
 
         ref_logp, was_there = cached_logps(self.data.cache_dir / f"reference-{key}.npy", compute, self.parallel)
         logger.info("reference log-probs: %s", "from the cache" if was_there else "computed and cached")
@@ -262,6 +264,12 @@ class Trainer:
                 "randomness in the forward pass such as dropout, or a fault in tensor or sequence parallelism. "
                 "train.check_first_loss=false turns this check off"
             )
+
+
+def log_tenths(done: int, total: int) -> None:
+    """Tells of every tenth of a long pass."""
+    if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+        logger.info("reference: %d%%", 100 * done // total)
 
 
 def main_rank_first(parallel: Parallel, config: RunConfig) -> PreparedData:

@@ -36,6 +36,14 @@ def nova(*arguments: object, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def torchrun(nproc: int, module: str, *arguments: object) -> None:
+    """What a user of many machines types, on one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [*launcher, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def settings(run_dir: Path, data: Path, **changes: object) -> list[str]:
     merged = {**SMALL, "run.dir": str(run_dir), "data.train": str(data), **{k.replace("__", "."): v for k, v in changes.items()}}
     return [part for key, value in merged.items() for part in ("--set", f"{key}={json.dumps(value)}")]
@@ -154,12 +162,13 @@ def test_generate_continues_text(one_rank_run: Path) -> None:
 
 
 def test_sft_then_dpo_from_its_checkpoint(tmp_path: Path, dialogues: Path) -> None:
-    sft = settings(tmp_path / "sft", dialogues, algo__name="sft", train__steps=4)
+    sft = settings(tmp_path / "sft", dialogues, algo__name="sft", train__steps=4, log__profile_steps=[3, 3])
     nova("train", RECIPE, *sft)
+    assert list((tmp_path / "sft" / "tensorboard").glob("*.pt.trace.json")), "the profiled step left no trace"
     losses = [row["loss"] for row in records(tmp_path / "sft")]
     assert losses[-1] < losses[0]
     dpo = settings(tmp_path / "dpo", dialogues, model__init_from=str(tmp_path / "sft"), parallel__tensor=2, train__steps=2, optimizer__warmup_steps=0)
-    nova("train", RECIPE, "--nproc", 2, *dpo)
+    torchrun(2, "nova_sys.train", RECIPE, *dpo)
     rows = records(tmp_path / "dpo")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     scratch = settings(tmp_path / "scratch", dialogues, data__tokenizer=str(tmp_path / "sft" / "tokenizer"), train__steps=1, optimizer__warmup_steps=0)
