@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nova_sys.data.batch import DevicePack, Pack
+from nova_sys.data.batch import DevicePack, Pack, padding_segments
 from nova_sys.data.packing import pack_documents
 from nova_sys.data.records import Message
 from nova_sys.data.render import Renderer
@@ -80,14 +80,14 @@ def greedy_ids(
 def _prompt_pack(sequences: list[list[int]], pack_length: int) -> Pack:
     """Each sequence a trunk; the rows are the last tokens, and there are no targets: the model then answers with logits."""
     ends = np.cumsum([len(sequence) for sequence in sequences])
-    bounds = np.concatenate([[0], ends, [pack_length] if ends[-1] < pack_length else []]).astype(np.int32)
-    empty = np.zeros(len(bounds) - 1, dtype=np.int32)
+    starts = np.concatenate([[0], ends[:-1]])
+    segments_S4 = np.stack([starts, ends, starts, starts], axis=1).astype(np.int32)
     tokens_T = np.zeros(pack_length, dtype=np.int64)
     tokens_T[: ends[-1]] = np.concatenate(sequences)
     none = np.zeros(0, dtype=np.int64)
     return Pack(
         tokens_T=tokens_T,
-        segments_S4=np.stack([bounds[:-1], bounds[1:], bounds[:-1] + empty, bounds[:-1] + empty], axis=1),
+        segments_S4=np.concatenate([segments_S4, padding_segments(int(ends[-1]), pack_length)]),
         row_R=ends.astype(np.int64) - 1,
         target_R=None,
         sequence_R=np.arange(len(sequences)),

@@ -34,8 +34,7 @@ def training_flops(model: ModelConfig, head_dim: int, vocab_size: int, pack: Pac
     """Forward and backward FLOPs of one pack: projections on its tokens, attention on its area, the head on its response rows."""
     heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.hidden_size
     projections = width * head_dim * (2 * heads + 2 * kv_heads) + 3 * width * model.ffn_hidden_size
-    padding = len(pack.tokens_T) - pack.num_tokens
-    area = attention_area(pack.segments_S4) - padding * (padding + 1) // 2
+    area = attention_area(pack.segments_S4[pack.segments_S4[:, 0] < pack.num_tokens])
     forward = 2.0 * model.num_layers * (projections * pack.num_tokens + 2 * heads * head_dim * area)
     forward += 2.0 * width * vocab_size * len(pack.row_R)
     return 3.0 * forward

@@ -14,6 +14,8 @@ import torch
 from nova_kernels.segments import SegmentIndex, segment_index
 from nova_sys.data.store import TokenStore
 
+PADDING_SEGMENT = 128
+
 
 @dataclass(frozen=True)
 class DevicePack:
@@ -188,11 +190,18 @@ def build_pack(
 
 
 def _segments(at: _Layout, pack_length: int) -> np.ndarray:
-    """One segment per sequence (a trunk takes its prefix in), then one for the padding."""
+    """One segment per sequence (a trunk takes its prefix in), then the padding."""
     start_B = np.where(at.is_trunk_B, at.prefix_start_B, at.start_B)
     prefix_end_B = at.prefix_start_B + at.prefix_length_B * ~at.is_trunk_B
     segments = np.stack([start_B, at.end_B, at.prefix_start_B, prefix_end_B], axis=1)
-    if at.num_tokens < pack_length:
-        padding = [at.num_tokens, pack_length, at.num_tokens, at.num_tokens]
-        segments = np.concatenate([segments, [padding]])
-    return segments.astype(np.int32)
+    return np.concatenate([segments, padding_segments(at.num_tokens, pack_length)]).astype(np.int32)
+
+
+def padding_segments(start: int, pack_length: int) -> np.ndarray:
+    """int32 (S, 4): trunks of at most `PADDING_SEGMENT` tokens from `start` to the end of the pack.
+
+    Attention costs the square of a segment: one long padding segment would cost more than the documents.
+    """
+    starts = np.arange(start, pack_length, PADDING_SEGMENT)
+    ends = np.minimum(starts + PADDING_SEGMENT, pack_length)
+    return np.stack([starts, ends, starts, starts], axis=1).astype(np.int32)

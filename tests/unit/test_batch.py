@@ -126,6 +126,11 @@ def test_no_documents_is_all_padding():
     check_types(pack)
 
 
+def test_long_padding_is_cut_into_short_segments():
+    pack = build_pack(MemoryStore([document([1], [2])]), [0], 300, share_prefix=True)
+    assert pack.segments_S4.tolist() == [[0, 2, 0, 0], [2, 130, 2, 2], [130, 258, 130, 130], [258, 300, 258, 258]]
+
+
 def test_documents_must_fit():
     store = MemoryStore([document([1, 2], [3], [4])])
     build_pack(store, [0], 4, share_prefix=True)
