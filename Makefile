@@ -10,8 +10,6 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 
 HARDWARE := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo h100 || echo cpu)
 CONSTRAINTS := constraints/$(HARDWARE).txt
-# The CPU build of torch has an index of its own; asked for torch alone, it cannot slow the rest down.
-TORCH_INDEX := $(if $(filter cpu,$(HARDWARE)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -58,6 +56,6 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml constraints/common.txt $(CONSTRAINTS) $(BUILT_FROM) | $(BIN)/python
 	$(PIP) install -q -c $(CONSTRAINTS) setuptools wheel pybind11 cmake ninja
-	$(PIP) install -q -c $(CONSTRAINTS) --no-deps --retries 1 $(TORCH_INDEX) torch
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps torch
 	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $@

@@ -75,7 +75,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def read_description(checkpoint: Path) -> Description:
     fields = json.loads((checkpoint / DESCRIPTION).read_text())
     if fields.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint}: checkpoint format {fields.get('format')}, this version reads {FORMAT}")
+        raise ValueError(
+            f"{checkpoint}: checkpoint format {fields.get('format')}, this version reads {FORMAT}"
+        )
     return Description(**fields)
 
 
@@ -91,25 +93,35 @@ def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
-def load_weights(checkpoint: Path, chunks: Sequence[Any], model: ModelConfig, vocab_size: int) -> None:
+def load_weights(
+    checkpoint: Path, chunks: Sequence[Any], model: ModelConfig, vocab_size: int
+) -> None:
     """Loads the weights alone, on any layout. KV-shift scalars that the checkpoint lacks stay as initialised.
 
     Raises: ValueError when the checkpoint is of a model with other shapes; it names the fields.
     """
     saved = read_description(checkpoint)
     wanted = describe_model(model)
-    differing = {k: (saved.model.get(k), v) for k, v in wanted.items() if saved.model.get(k) != v and k != "kv_shift"}
+    differing = {
+        k: (saved.model.get(k), v)
+        for k, v in wanted.items()
+        if saved.model.get(k) != v and k != "kv_shift"
+    }
     if saved.vocab_size != vocab_size:
         differing["vocab_size"] = (saved.vocab_size, vocab_size)
     if saved.model["kv_shift"] and not model.kv_shift:
         differing["kv_shift"] = (True, False)
     if differing:
         listed = ", ".join(f"{k}: checkpoint {a}, config {b}" for k, (a, b) in differing.items())
-        raise ValueError(f"{checkpoint} holds another model ({listed}); set these model.* fields to the checkpoint's")
+        raise ValueError(
+            f"{checkpoint} holds another model ({listed}); set these model.* fields to the checkpoint's"
+        )
     state = model_state(chunks)
     if model.kv_shift and not saved.model["kv_shift"]:
-        state = {part: {k: v for k, v in s.items() if "mix_K2" not in k} for part, s in state.items()}
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+        state = {
+            part: {k: v for k, v in s.items() if "mix_K2" not in k} for part, s in state.items()
+        }
+    loaded: Any = dist_checkpointing.load(state, str(checkpoint))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=False)
 
@@ -117,8 +129,15 @@ def load_weights(checkpoint: Path, chunks: Sequence[Any], model: ModelConfig, vo
 class Checkpointer:
     """Saves and resumes one run. Every rank calls every method at the same step."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, *, rank: int, world_size: int) -> None:
-        self.dir, self.config, self.rank, self.world_size = checkpoints_dir(run_dir), config, rank, world_size
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, *, rank: int, world_size: int
+    ) -> None:
+        self.dir, self.config, self.rank, self.world_size = (
+            checkpoints_dir(run_dir),
+            config,
+            rank,
+            world_size,
+        )
         self._queue = AsyncCallsQueue()
         self._last_step = -1
 
@@ -144,7 +163,10 @@ class Checkpointer:
         dist.barrier()  # now the folder exists for every rank
         state = self._state(chunks, optimizer, description.step)
         request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=self.config.asynchronous, validate_access_integrity=True
+            state,
+            str(partial),
+            async_sharded_save=self.config.asynchronous,
+            validate_access_integrity=True,
         )
 
         def publish() -> None:
@@ -183,7 +205,7 @@ class Checkpointer:
         state = self._state(chunks, optimizer, 0, is_loading=True)
         if saved.world_size != self.world_size:
             state.pop("rng")
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+        loaded: Any = dist_checkpointing.load(state, str(checkpoint))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{index}"])
         load_optimizer(optimizer, loaded["optimizer"])
@@ -191,9 +213,13 @@ class Checkpointer:
             torch.set_rng_state(loaded["rng"])
         return saved.step
 
-    def _state(self, chunks: Sequence[Any], optimizer: Any, step: int, *, is_loading: bool = False) -> dict[str, Any]:
+    def _state(
+        self, chunks: Sequence[Any], optimizer: Any, step: int, *, is_loading: bool = False
+    ) -> dict[str, Any]:
         state = model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=RESHARDABLE)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=RESHARDABLE
+        )
         state["rng"] = ShardedObject("rng", torch.get_rng_state(), (self.world_size,), (self.rank,))
         state["step"] = step
         return state

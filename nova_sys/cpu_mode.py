@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 class _CudaMeansCpu(TorchFunctionMode):
     """Redirects device="cuda" to the CPU, and lets Tensor.type() answer as the distributed optimizer expects."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs:
             device = kwargs.get("device")
             if device is not None and str(device).startswith("cuda"):

@@ -115,7 +115,7 @@ def _evaluate(files: TaskFiles, sft: Path, dpo: Path) -> dict[str, Any]:
             "right": right_answer(prompts[i]),
             **{name: answers[name][i] for name in answers},
         }
-        for i in _sample_places(prompts)
+        for i in sample_places(prompts)
     ]
     return report
 
@@ -138,7 +138,7 @@ def score(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _sample_places(prompts: Sequence[str]) -> list[int]:
+def sample_places(prompts: Sequence[str]) -> list[int]:
     """The first few prompts of each task that tempt to its bad habit: chosen by the prompt, not by the answer."""
     places = []
     for task in DRAW:

@@ -22,8 +22,8 @@ from nova_sys.config import RunConfig
 from nova_sys.config_io import check
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import PreparedData
-from nova_sys.inference import checkpoint_config, load_model
 from nova_sys.errors import exit_on_user_error
+from nova_sys.inference import checkpoint_config, load_model
 from nova_sys.log import setup_logging
 from nova_sys.parallel import Parallel, current_world_size, parallel_run, shared_scratch
 from nova_sys.reference import compute_logps
@@ -77,18 +77,26 @@ def evaluate_pairs(
     folder, config = checkpoint_config(checkpoint, for_pairs)
     config = replace(config, train=replace(config.train, global_batch_packs=current_world_size()))
     check(config, current_world_size())
-    with parallel_run(config.parallel, seed=config.train.seed) as parallel, shared_scratch(parallel) as scratch:
+    with (
+        parallel_run(config.parallel, seed=config.train.seed) as parallel,
+        shared_scratch(parallel) as scratch,
+    ):
         config = replace(config, data=replace(config.data, cache_dir=str(scratch)))
         data_ = main_rank_first(parallel, config)
         logp_B = _score(folder, config, data_, parallel)
         ref_logp_B = np.zeros_like(logp_B)
         if reference is not None:
             ref_folder, ref_config = checkpoint_config(reference, for_pairs)
-            ref_logp_B = _score(ref_folder, replace(config, model=ref_config.model), data_, parallel)
+            ref_logp_B = _score(
+                ref_folder, replace(config, model=ref_config.model), data_, parallel
+            )
         rows = pair_rows(data_, logp_B, with_ids=with_ids)
         if per_pair is not None and parallel.is_main:
             per_pair.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        margin_P = config.algo.beta * np.diff((ref_logp_B - logp_B).reshape(-1, 2).astype(np.float64))[:, 0]
+        margin_P = (
+            config.algo.beta
+            * np.diff((ref_logp_B - logp_B).reshape(-1, 2).astype(np.float64))[:, 0]
+        )
         nll_P = np.array([-row["chosen_logp"] / row["chosen_tokens"] for row in rows])
         return Evaluation(
             num_pairs=len(margin_P),
@@ -102,7 +110,8 @@ def _score(folder: Path, config: RunConfig, data: PreparedData, parallel: Parall
     loader = PackLoader(
         data.store,
         pack_length=config.data.pack_length,
-        global_batch_packs=parallel.data_size * parallel.pipeline_size,  # enough micro-batches to fill the pipeline
+        global_batch_packs=parallel.data_size
+        * parallel.pipeline_size,  # enough micro-batches to fill the pipeline
         data_rank=parallel.data_rank,
         data_size=parallel.data_size,
         seed=config.train.seed,
@@ -153,7 +162,9 @@ def main(argv: Sequence[str]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"pairs            {result.num_pairs:,}")
             print(f"reward accuracy  {result.reward_accuracy}")
-            print(f"margin           {result.margin}   ({'against ' + args.reference if args.reference else 'no reference'})")
+            print(
+                f"margin           {result.margin}   ({'against ' + args.reference if args.reference else 'no reference'})"
+            )
             print(f"chosen NLL       {result.chosen_nll} nats/token")
 
 

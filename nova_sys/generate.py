@@ -61,14 +61,18 @@ def greedy_ids(
             )
     lengths = np.array([len(prompt) + max_new_tokens for prompt in prompts], dtype=np.int32)
     plan = pack_documents(lengths, pack_length, seed=0, epoch=0)
-    groups = [plan.order[a:b].tolist() for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
+    groups = [
+        plan.order[a:b].tolist() for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)
+    ]
     answers: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     for _ in range(max_new_tokens):
         groups = [left for group in groups if (left := [i for i in group if not done[i]])]
         if not groups:
             break
-        packs = [_prompt_pack([prompts[i] + answers[i] for i in group], pack_length) for group in groups]
+        packs = [
+            _prompt_pack([prompts[i] + answers[i] for i in group], pack_length) for group in groups
+        ]
         for group, tokens in zip(groups, _most_probable(model, packs, parallel), strict=True):
             for i, token in zip(group, tokens, strict=True):
                 done[i] = token in stop_ids
@@ -93,7 +97,7 @@ def _prompt_pack(sequences: list[list[int]], pack_length: int) -> Pack:
         sequence_R=np.arange(len(sequences)),
         response_B=none,
         document_P=none,
-        ref_logp_B=none.astype(np.float32),
+        ref_logp_B=none.astype(np.float64),
         num_tokens=int(ends[-1]),
         num_loss_tokens=0,
     )
@@ -103,12 +107,20 @@ def _prompt_pack(sequences: list[list[int]], pack_length: int) -> Pack:
 def _most_probable(model: LoadedModel, packs: list[Pack], parallel: Parallel) -> list[list[int]]:
     """The most probable next token of each row, per pack, on every rank."""
 
-    def on_output(logits_RV: torch.Tensor, _: DevicePack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def on_output(
+        logits_RV: torch.Tensor, _: DevicePack
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         zero = torch.zeros((), device=logits_RV.device)
         return zero, zero.int(), logits_RV.argmax(dim=-1)
 
     collected = run_schedule(model.chunks, packs, on_output, parallel, forward_only=True)
     rows = [len(pack.row_R) for pack in packs]
-    tokens = torch.cat(collected) if collected else torch.empty(sum(rows), dtype=torch.long, device=parallel.device)
-    dist.broadcast(tokens, src=parallel.last_stage_rank, group=parallel.groups.pp)  # now every stage has them
+    tokens = (
+        torch.cat(collected)
+        if collected
+        else torch.empty(sum(rows), dtype=torch.long, device=parallel.device)
+    )
+    dist.broadcast(
+        tokens, src=parallel.last_stage_rank, group=parallel.groups.pp
+    )  # now every stage has them
     return [part.tolist() for part in tokens.split(rows)]

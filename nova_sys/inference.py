@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from nova_sys.checkpoint import load_weights, read_description, resolve_checkpoint
 from nova_sys.config import RunConfig
 from nova_sys.config_io import load_recipe
@@ -35,7 +34,9 @@ class LoadedModel:
     chunks: list[PackedGPT]
 
 
-def checkpoint_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, RunConfig]:
+def checkpoint_config(
+    checkpoint: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Path, RunConfig]:
     """The checkpoint folder and the configuration it was saved with, overridden."""
     folder = resolve_checkpoint(checkpoint)
     config = load_recipe(

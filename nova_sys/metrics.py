@@ -67,11 +67,20 @@ def peak_flops(device: torch.device) -> float:
 class StepClock:
     """Turns a step's packs and seconds into the record's throughput fields, summed over the data-parallel ranks."""
 
-    def __init__(self, model: ModelConfig, parallel: Parallel, *, head_dim: int, vocab_size: int) -> None:
-        self.model, self.parallel, self.head_dim, self.vocab_size = model, parallel, head_dim, vocab_size
+    def __init__(
+        self, model: ModelConfig, parallel: Parallel, *, head_dim: int, vocab_size: int
+    ) -> None:
+        self.model, self.parallel, self.head_dim, self.vocab_size = (
+            model,
+            parallel,
+            head_dim,
+            vocab_size,
+        )
         self.peak_flops = peak_flops(parallel.device)
 
-    def record(self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float) -> dict[str, float]:
+    def record(
+        self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float
+    ) -> dict[str, float]:
         local = [
             float(sum(p.num_tokens for p in packs)),
             float(sum(len(p.tokens_T) for p in packs)),
@@ -80,7 +89,9 @@ class StepClock:
             data_wait_s,
         ]
         sums = torch.tensor(local, dtype=torch.float64, device=self.parallel.device)
-        dist.all_reduce(sums, group=self.parallel.groups.dp)  # now the global batch's, on every rank
+        dist.all_reduce(
+            sums, group=self.parallel.groups.dp
+        )  # now the global batch's, on every rank
         tokens, slots, documents, flops, wait = sums.tolist()
         world = self.parallel.world_size
         record = {

@@ -7,7 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey
@@ -19,7 +23,11 @@ from nova_sys.parallel import Parallel
 
 
 def wrap_for_training(
-    chunks: Sequence[Any], config: TransformerConfig, parallel: Parallel, *, distributed_optimizer: bool
+    chunks: Sequence[Any],
+    config: TransformerConfig,
+    parallel: Parallel,
+    *,
+    distributed_optimizer: bool,
 ) -> list[DistributedDataParallel]:
     """Gives every chunk its gradient buffers (fp32) and its reduction over the data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
@@ -42,7 +50,11 @@ def wrap_for_training(
 
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, dtype: torch.dtype, distributed: bool
+    chunks: Sequence[DistributedDataParallel],
+    config: OptimizerConfig,
+    *,
+    dtype: torch.dtype,
+    distributed: bool,
 ) -> Any:
     """AdamW over fp32 master weights. Norms, biases and the KV-shift scalars are not decayed."""
     options = McoreOptimizerConfig(
@@ -63,7 +75,9 @@ def build_optimizer(
     return get_megatron_optimizer(options, list(chunks), config_overrides=overrides)
 
 
-def build_schedule(optimizer: Any, config: OptimizerConfig, *, total_steps: int) -> OptimizerParamScheduler:
+def build_schedule(
+    optimizer: Any, config: OptimizerConfig, *, total_steps: int
+) -> OptimizerParamScheduler:
     """Linear warm-up from lr / (warmup + 1), so that the first step already moves, then cosine decay to min_lr."""
     warmup = config.warmup_steps
     return OptimizerParamScheduler(

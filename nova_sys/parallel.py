@@ -75,7 +75,9 @@ class Parallel:
 
 def current_world_size() -> int:
     """Ranks of this job, before or after it was joined."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    )
 
 
 def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:

@@ -1,6 +1,6 @@
 """Reference log-probs: one forward pass over the data, kept on disk; or a frozen copy of the policy's first weights.
 
-The cache is an array (num_responses,) fp32 of summed log-probabilities in nats, in the order of the token store, under a key of
+The cache is an array (num_responses,) fp64 of summed log-probabilities in nats, in the order of the token store, under a key of
 (weights, tokenised data, precision, prefix sharing). A run that starts from the same weights on the same data reuses it.
 """
 
@@ -36,11 +36,11 @@ def compute_logps(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Summed log-probability of every response (num_responses,) fp32, by one pass over an epoch; the same on every rank.
+    """Summed log-probability of every response (num_responses,) fp64, by one pass over an epoch; the same on every rank.
 
     Raises: RuntimeError when a response was not scored (its log-prob would be silently wrong).
     """
-    logp = torch.full((num_responses,), 0.0, dtype=torch.float64)
+    logp = torch.zeros(num_responses, dtype=torch.float64)
     seen = torch.zeros(num_responses, dtype=torch.float64)
     steps = loader.steps_for(1.0)
     for step in range(steps):
@@ -48,18 +48,22 @@ def compute_logps(
         for pack, logp_B in zip(packs, response_logps(chunks, packs, parallel), strict=False):
             if parallel.counts_once:
                 response_B = torch.from_numpy(pack.response_B)
-                logp[response_B] = logp_B.double().cpu()
+                logp[response_B] = logp_B.cpu()
                 seen[response_B] = 1
         if on_step is not None:
             on_step(step + 1, steps)
     both = torch.stack([logp, seen]).to(parallel.device)
     dist.all_reduce(both)  # now every response's log-prob, from the one rank that scored it
     if not bool((both[1] == 1).all()):
-        raise RuntimeError(f"{int((both[1] != 1).sum())} of {num_responses} responses were not scored exactly once")
-    return both[0].float().cpu().numpy()
+        raise RuntimeError(
+            f"{int((both[1] != 1).sum())} of {num_responses} responses were not scored exactly once"
+        )
+    return both[0].cpu().numpy()
 
 
-def cached_logps(path: Path, compute: Callable[[], np.ndarray], parallel: Parallel) -> tuple[np.ndarray, bool]:
+def cached_logps(
+    path: Path, compute: Callable[[], np.ndarray], parallel: Parallel
+) -> tuple[np.ndarray, bool]:
     """The array at `path`, computed and written (atomically, by the main rank) if it is not there. Returns (array, was there)."""
     there = [path.is_file()]
     dist.broadcast_object_list(there, src=0)  # now all ranks agree, whatever their view of the disk
@@ -86,4 +90,7 @@ class OnlineReference:
         scored = response_logps(self.chunks, packs, self.parallel)
         if not scored:
             return packs
-        return [replace(p, ref_logp_B=logp_B.float().cpu().numpy()) for p, logp_B in zip(packs, scored, strict=True)]
+        return [
+            replace(p, ref_logp_B=logp_B.cpu().numpy())
+            for p, logp_B in zip(packs, scored, strict=True)
+        ]

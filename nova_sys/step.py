@@ -74,17 +74,28 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
 
-    def on_output(logp_R: torch.Tensor, pack: DevicePack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def on_output(
+        logp_R: torch.Tensor, pack: DevicePack
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = algorithm.loss(logp_R, pack)
         return out.loss_sum, out.count, torch.cat([out.count[None].float(), out.metric_sums])
 
     collected = run_schedule(chunks, packs, on_output, parallel, forward_only=False)
     width = 1 + len(algorithm.metric_names)
-    sums = torch.stack(collected).double() if collected else torch.zeros(0, width, dtype=torch.float64)
+    sums = (
+        torch.stack(collected).double() if collected else torch.zeros(0, width, dtype=torch.float64)
+    )
     sums = sum_over_data_parallel(sums.sum(0).to(parallel.device), parallel).tolist()
-    means = {name: value / max(sums[0], 1.0) for name, value in zip(algorithm.metric_names, sums[1:], strict=True)}
+    means = {
+        name: value / max(sums[0], 1.0)
+        for name, value in zip(algorithm.metric_names, sums[1:], strict=True)
+    }
     if not torch.tensor(means["loss"]).isfinite():
-        bad = [p.document_P.tolist() for p, row in zip(packs, collected, strict=False) if not row.isfinite().all()]
+        bad = [
+            p.document_P.tolist()
+            for p, row in zip(packs, collected, strict=False)
+            if not row.isfinite().all()
+        ]
         raise FloatingPointError(
             f"the loss is {means['loss']}; weights and optimizer are unchanged. Documents of this rank's non-finite packs: {bad or 'none'}. "
             "Look at these documents, lower optimizer.lr, or raise optimizer.warmup_steps"
@@ -97,9 +108,11 @@ def train_step(
 def response_logps(
     chunks: Sequence[torch.nn.Module], packs: Sequence[Pack], parallel: Parallel
 ) -> list[torch.Tensor]:
-    """Sum of log-probabilities per response (B,) fp32 for each pack, on last-stage ranks; an empty list elsewhere."""
+    """Sum of log-probabilities per response (B,) fp64 for each pack, on last-stage ranks; an empty list elsewhere."""
 
-    def on_output(logp_R: torch.Tensor, pack: DevicePack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def on_output(
+        logp_R: torch.Tensor, pack: DevicePack
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         zero = torch.zeros((), device=logp_R.device)
         return zero, zero.int(), sequence_logp(logp_R, pack)
 

@@ -32,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nova_sys.train", description=__doc__)
     parser.add_argument("recipe", help="TOML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the recipe")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides a key of the recipe",
+    )
     return parser.parse_args(argv)
 
 

@@ -67,16 +67,24 @@ class Trainer:
         self.online = self._build_online_reference()
         self.total_steps = config.train.steps or self.loader.steps_for(config.train.epochs)
         self.ddp = wrap_for_training(
-            self.chunks, self.mcore_config, parallel, distributed_optimizer=config.parallel.distributed_optimizer
+            self.chunks,
+            self.mcore_config,
+            parallel,
+            distributed_optimizer=config.parallel.distributed_optimizer,
         )
         self.optimizer = build_optimizer(
-            self.ddp, config.optimizer, dtype=self.dtype, distributed=config.parallel.distributed_optimizer
+            self.ddp,
+            config.optimizer,
+            dtype=self.dtype,
+            distributed=config.parallel.distributed_optimizer,
         )
         self.checkpointer = Checkpointer(
             self.run_dir, config.checkpoint, rank=parallel.rank, world_size=parallel.world_size
         )
         self.start_step = self._resume()
-        self.schedule = build_schedule(self.optimizer, config.optimizer, total_steps=self.total_steps)
+        self.schedule = build_schedule(
+            self.optimizer, config.optimizer, total_steps=self.total_steps
+        )
         self.schedule.step(self.start_step)
         self.clock = StepClock(
             config.model, parallel, head_dim=head_dim(config.model), vocab_size=self.vocab_size
@@ -95,7 +103,9 @@ class Trainer:
         """Steps until done, then the last checkpoint."""
         config = self.config
         profiler = Profiler(
-            self.run_dir, config.log.profile_steps if self.parallel.is_main else None, start_step=self.start_step
+            self.run_dir,
+            config.log.profile_steps if self.parallel.is_main else None,
+            start_step=self.start_step,
         )
         self.loader.start(self.start_step)
         try:
@@ -109,7 +119,11 @@ class Trainer:
             if self.start_step < self.total_steps:
                 self.save(self.total_steps)
             else:
-                logger.info("step %d of %d is already done; nothing to train", self.start_step, self.total_steps)
+                logger.info(
+                    "step %d of %d is already done; nothing to train",
+                    self.start_step,
+                    self.total_steps,
+                )
             self.checkpointer.close()
         finally:
             self.loader.stop()
@@ -129,7 +143,9 @@ class Trainer:
         self.schedule.step(1)
         record = {"step": step + 1, **result.means, "grad_norm": result.grad_norm, "lr": lr}
         record[self.algorithm.count_name] = result.count
-        record["epoch"] = (step + 1) * self.config.train.global_batch_packs / self.loader.packs_per_epoch
+        record["epoch"] = (
+            (step + 1) * self.config.train.global_batch_packs / self.loader.packs_per_epoch
+        )
         record |= self.clock.record(packs, time.perf_counter() - began, data_wait_s)
         if self.algorithm.name == "sft":
             del record["pairs_per_s"]
@@ -158,7 +174,9 @@ class Trainer:
     def _find_run(self) -> Path | None:
         """The checkpoint to resume from, if the folder holds a run. Raises: ValueError when it may not be touched."""
         newest = latest_checkpoint(self.run_dir)
-        if self.config.run.resume == "never" and (newest or (self.run_dir / "metrics.jsonl").exists()):
+        if self.config.run.resume == "never" and (
+            newest or (self.run_dir / "metrics.jsonl").exists()
+        ):
             raise ValueError(
                 f"run.dir={self.run_dir} already holds a run and run.resume='never'; choose another run.dir, or set run.resume='auto'"
             )
@@ -175,7 +193,9 @@ class Trainer:
             seed=config.train.seed,
         )
         if config.model.init_from:
-            load_weights(resolve_checkpoint(config.model.init_from), chunks, config.model, self.vocab_size)
+            load_weights(
+                resolve_checkpoint(config.model.init_from), chunks, config.model, self.vocab_size
+            )
         return chunks
 
     def _initial_identity(self) -> str:
@@ -210,13 +230,24 @@ class Trainer:
         one_pass = loader(1.0)
 
         def compute() -> np.ndarray:
-            logger.info("reference log-probs of %d responses: one forward pass", self.data.store.num_responses)
+            logger.info(
+                "reference log-probs of %d responses: one forward pass",
+                self.data.store.num_responses,
+            )
             return compute_logps(
-                self.chunks, one_pass, self.data.store.num_responses, self.parallel, on_step=log_tenths
+                self.chunks,
+                one_pass,
+                self.data.store.num_responses,
+                self.parallel,
+                on_step=log_tenths,
             )
 
-        ref_logp, was_there = cached_logps(self.data.cache_dir / f"reference-{key}.npy", compute, self.parallel)
-        logger.info("reference log-probs: %s", "from the cache" if was_there else "computed and cached")
+        ref_logp, was_there = cached_logps(
+            self.data.cache_dir / f"reference-{key}.npy", compute, self.parallel
+        )
+        logger.info(
+            "reference log-probs: %s", "from the cache" if was_there else "computed and cached"
+        )
         return loader(epochs, ref_logp)
 
     def _build_online_reference(self) -> OnlineReference | None:
@@ -239,9 +270,15 @@ class Trainer:
         if self.resume_from is None:
             return 0
         saved = read_description(self.resume_from)
-        ours = {**self._data_order(), **describe_model(self.config.model), "vocab_size": self.vocab_size}
+        ours = {
+            **self._data_order(),
+            **describe_model(self.config.model),
+            "vocab_size": self.vocab_size,
+        }
         theirs = {**saved.data_order, **saved.model, "vocab_size": saved.vocab_size}
-        differing = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
+        differing = [
+            f"{k}: {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v
+        ]
         if differing:
             raise ValueError(
                 f"run.dir={self.run_dir} holds another run ({'; '.join(differing)}); choose another run.dir, or restore these settings"

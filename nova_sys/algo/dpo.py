@@ -9,8 +9,8 @@ summed over pairs and divided by their global number. Other losses of the same t
 from __future__ import annotations
 
 import torch
-from nova_kernels import preference_loss
 
+from nova_kernels import preference_loss
 from nova_sys.algo.base import LossOutput, sequence_logp, sequence_tokens
 from nova_sys.data.batch import DevicePack
 
@@ -18,7 +18,15 @@ from nova_sys.data.batch import DevicePack
 class DPO:
     name = "dpo"
     count_name = "num_pairs"
-    metric_names = ("loss", "reward_accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+    metric_names = (
+        "loss",
+        "reward_accuracy",
+        "margin",
+        "chosen_reward",
+        "rejected_reward",
+        "chosen_logp",
+        "rejected_logp",
+    )
     needs_reference = True
 
     def __init__(self, *, beta: float, loss: str) -> None:
@@ -29,7 +37,7 @@ class DPO:
         result = preference_loss(
             logp_B, pack.ref_logp_B, sequence_tokens(pack), beta=self.beta, loss=self.loss_name
         )
-        loss_sum = result.loss_P.sum()
+        loss_sum = result.loss_P.sum().float()
         metrics = (
             loss_sum,
             (result.margin_P > 0).sum() + 0.5 * (result.margin_P == 0).sum(),  # a tie is half right

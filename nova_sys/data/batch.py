@@ -57,7 +57,7 @@ class Pack:
     document_P: np.ndarray
     """int64 (P,): documents in this pack."""
     ref_logp_B: np.ndarray
-    """float32 (B,): reference log-prob of each sequence in nats; NaN where there is none."""
+    """float64 (B,): reference log-prob of each sequence in nats; NaN where there is none."""
     num_tokens: int
     """Without padding."""
     num_loss_tokens: int
@@ -149,7 +149,7 @@ def build_pack(
     row then predicts the first token of every response. Otherwise every response is its own trunk
     `prefix | response_i`. No documents: padding.
 
-    Args:     ref_logp (store.num_responses,) float32: reference log-probs by response id.
+    Args:     ref_logp (store.num_responses,) float64: reference log-probs by response id.
     Raises:   ValueError when the documents do not fit.
     """
     document_P = np.asarray(documents, np.int64)
@@ -181,9 +181,9 @@ def build_pack(
         sequence_R=np.repeat(np.arange(len(at.part_B)), at.length_B)[wanted],
         response_B=response_B,
         document_P=document_P,
-        ref_logp_B=np.full(len(response_B), np.nan, np.float32)
+        ref_logp_B=np.full(len(response_B), np.nan, np.float64)
         if ref_logp is None
-        else ref_logp[response_B].astype(np.float32),
+        else ref_logp[response_B].astype(np.float64),
         num_tokens=at.num_tokens,
         num_loss_tokens=int(wanted.sum()),
     )

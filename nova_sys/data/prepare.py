@@ -60,12 +60,19 @@ def prepare_data(config: RunConfig, checkpoint_tokenizer: Path | None = None) ->
     return PreparedData(tokenizer, tokenizer_dir, TokenStore.open(folder), cache_dir)
 
 
-def _tokenizer(config: RunConfig, checkpoint_tokenizer: Path | None, tokenizer_dir: Path) -> Tokenizer:
+def _tokenizer(
+    config: RunConfig, checkpoint_tokenizer: Path | None, tokenizer_dir: Path
+) -> Tokenizer:
     source = Path(config.data.tokenizer) if config.data.tokenizer else checkpoint_tokenizer
     if source is not None:
         tokenizer = load_tokenizer(source)
-        if not tokenizer_dir.is_dir() or load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint:
-            tokenizer.save(tokenizer_dir)  # on the main rank, which comes first; the others find it there
+        if (
+            not tokenizer_dir.is_dir()
+            or load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint
+        ):
+            tokenizer.save(
+                tokenizer_dir
+            )  # on the main rank, which comes first; the others find it there
         return tokenizer
     if (tokenizer_dir / "tokenizer.model").is_file():
         return load_tokenizer(tokenizer_dir)
@@ -74,7 +81,9 @@ def _tokenizer(config: RunConfig, checkpoint_tokenizer: Path | None, tokenizer_d
             "no tokenizer: data.tokenizer is empty, and so is model.vocab_size, the number of pieces to train. "
             "Set data.tokenizer to a SentencePiece .model file or a folder with tokenizer.json, or model.vocab_size to a number such as 4096"
         )
-    logger.info("training a SentencePiece tokenizer of %d pieces on the data", config.model.vocab_size)
+    logger.info(
+        "training a SentencePiece tokenizer of %d pieces on the data", config.model.vocab_size
+    )
     markers = TURN_MARKERS.get(config.data.template, TURN_MARKERS["dialogue"])
     partial = tokenizer_dir / ".partial" / "tokenizer.model"
     train_sentencepiece(_texts(config), config.model.vocab_size, partial, markers)

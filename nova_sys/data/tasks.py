@@ -11,7 +11,7 @@ What the files hold, and why preference optimisation has something real to repai
   are wrong. A model that imitates this text well imitates the habits well, too: no amount of this data removes them.
 - `pairs.jsonl`, {"prompt", "chosen", "rejected"}. The chosen answer is right. The rejected one shows the habit where the
   prompt tempts to one (with probability `HABIT_SHARE`), and otherwise an accidental slip: off by one or ten, two
-  neighbours changed, an item missing or written twice. So most pairs compare two answers that the imitating model both finds likely.
+  neighbours changed, an item missing or written twice, and the like. So most pairs compare two answers that the imitating model both finds likely.
 - `eval.jsonl`, same format as the pairs, no prompt twice. None of its problems occurs in the other files, not even with
   the numbers in another order: a problem's canonical form decides on which side of the split it lies.
 
@@ -29,12 +29,14 @@ from pathlib import Path
 
 HABIT_RATE = 0.6
 """Probability that an answer in the SFT file shows the bad habit its prompt tempts to."""
-HABIT_SHARE = 0.8
+HABIT_SHARE = 0.6
 """Probability that a rejected answer shows that habit instead of an accidental slip."""
 HELD_OUT_OF = 10
 """One problem in so many is held out for evaluation."""
-SYSTEMATIC_LETTERS = 5
+HABIT_LETTERS = 5
 """Reversing so many letters or more tempts to the habit."""
+TRAINING_ROUND = ("add", "reverse", "sort", "add", "reverse")
+"""The tasks of the training files' lines take turns in this order: sorting is learned from the fewest examples."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _MAX_DRAWS = 20_000  # draws for one fresh held-out prompt before the task counts as exhausted
@@ -108,21 +110,23 @@ def habitual_answer(prompt: str) -> str | None:
     if task == "sort":
         once = list(dict.fromkeys(items))
         return " ".join(once) if len(once) < len(items) else None
-    if len(items) < SYSTEMATIC_LETTERS or items[-1] == items[-2]:
+    if len(items) < HABIT_LETTERS or items[-1] == items[-2]:
         return None
     return " ".join([*items[:-2], items[-1], items[-2]])
 
 
 def accidental_answer(prompt: str, rng: random.Random) -> str:
-    """A random small slip: a sum off by one or ten; two neighbours changed, or an item missing or written twice."""
+    """A random small slip: a sum off by one or ten; two neighbours changed, one written in the other's place, an item
+    missing, or one written twice."""
     right = right_answer(prompt)
     if task_of(prompt) == "add":
         return str(int(right) + rng.choice([-10, -1, 1, 10]))
     items = right.split()
     i = rng.randrange(len(items))
-    slip = rng.choice(["changed", "missing", "twice"])
-    if slip == "changed" and i + 1 < len(items) and items[i] != items[i + 1]:
-        items[i], items[i + 1] = items[i + 1], items[i]
+    j = min(max(i + rng.choice([-1, 1]), 0), len(items) - 1)
+    slip = rng.choice(["changed", "replaced", "missing", "twice"])
+    if slip in ("changed", "replaced") and items[i] != items[j]:
+        items[i], items[j] = items[j], items[i] if slip == "changed" else items[j]
     elif slip == "missing":
         del items[i]
     else:
@@ -133,7 +137,7 @@ def accidental_answer(prompt: str, rng: random.Random) -> str:
 def write_tasks(
     folder: Path, *, seed: int, num_sft: int, num_pairs: int, num_eval: int
 ) -> TaskFiles:
-    """Write `sft.jsonl`, `pairs.jsonl` and `eval.jsonl` into `folder`; the tasks take turns line by line.
+    """Write `sft.jsonl`, `pairs.jsonl` and `eval.jsonl` into `folder`; the evaluation has the tasks in equal shares.
 
     Args:     folder is made if missing; files of these names are replaced. num_*: lines per file.
     Raises:   ValueError when a count is below 1, or when `num_eval` asks for more prompts than are held out.
@@ -169,11 +173,11 @@ def _is_held_out(prompt: str, seed: int) -> bool:
 
 def _prompts(rng: random.Random, seed: int, count: int) -> Iterator[str]:
     """Training prompts; they may repeat, as in any large file."""
-    draws = list(DRAW.values())
     for i in range(count):
-        prompt = draws[i % len(draws)](rng)
+        draw = DRAW[TRAINING_ROUND[i % len(TRAINING_ROUND)]]
+        prompt = draw(rng)
         while _is_held_out(prompt, seed):
-            prompt = draws[i % len(draws)](rng)
+            prompt = draw(rng)
         yield prompt
 
 

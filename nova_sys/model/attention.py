@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
 from nova_kernels import kv_shift_rope, packed_attention
 from nova_kernels.kv_shift_rope import rope_tables
 from nova_kernels.segments import SegmentIndex
@@ -25,7 +26,9 @@ class PackLayout:
 
     segments_S4: torch.Tensor
     index: SegmentIndex
-    qkv_format: str = "thd"  # Megatron then drops the batch dim of q, k and v: (T, 1, N, H) -> (T, N, H)
+    qkv_format: str = (
+        "thd"  # Megatron then drops the batch dim of q, k and v: (T, 1, N, H) -> (T, N, H)
+    )
 
 
 class PackedCoreAttention(torch.nn.Module):
@@ -33,6 +36,9 @@ class PackedCoreAttention(torch.nn.Module):
 
     k_mix_K2, v_mix_K2: (K, 2) fp32-initialised, index 0 weighs the previous token and index 1 the current one.
     """
+
+    cos_PF: torch.Tensor
+    sin_PF: torch.Tensor
 
     def __init__(
         self,
@@ -52,12 +58,16 @@ class PackedCoreAttention(torch.nn.Module):
         self.backend = backend
         self.k_mix_K2 = self.v_mix_K2 = None
         if kv_shift:
-            heads = (config.num_query_groups or config.num_attention_heads) // config.tensor_model_parallel_size
+            heads = (
+                config.num_query_groups or config.num_attention_heads
+            ) // config.tensor_model_parallel_size
             self.k_mix_K2, self.v_mix_K2 = (self._mix(heads, config) for _ in range(2))
 
     @staticmethod
     def _mix(heads: int, config: TransformerConfig) -> torch.nn.Parameter:
-        mix_K2 = torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=config.params_dtype).repeat(heads, 1))
+        mix_K2 = torch.nn.Parameter(
+            torch.tensor([0.0, 1.0], dtype=config.params_dtype).repeat(heads, 1)
+        )
         set_tensor_model_parallel_attributes(mix_K2, is_parallel=True, dim=0, stride=1)
         return mix_K2
 
@@ -86,7 +96,9 @@ class PackedCoreAttention(torch.nn.Module):
             schedule=index,
             backend=self.backend,
         )
-        out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend)
+        out_TNH = packed_attention(
+            q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend
+        )
         return out_TNH.flatten(1)
 
     def sharded_state_dict(

@@ -61,7 +61,11 @@ def transformer_config(
     recompute_options = {
         "recompute_granularity": None if recompute == "none" else recompute,
         "recompute_method": "uniform" if full else None,
-        "recompute_num_layers": min(per_stage, recompute_layers or round(math.sqrt(model.num_layers))) if full else None,
+        "recompute_num_layers": min(
+            per_stage, recompute_layers or round(math.sqrt(model.num_layers))
+        )
+        if full
+        else None,
     }
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -90,7 +94,9 @@ def transformer_config(
         embedding_init_method=_leave_as_is,
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_size if parallel.virtual_size > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_size
+        if parallel.virtual_size > 1
+        else None,
         sequence_parallel=parallel.sequence,
         # interleaved on two stages, both neighbours are the same rank, and batched sends would be matched in the wrong order
         overlap_p2p_comm=parallel.virtual_size > 1,
@@ -113,7 +119,10 @@ def build_model(
 ) -> list[PackedGPT]:
     """This rank's chunks of the model (one per virtual pipeline stage), initialised from `seed`."""
     attention = core_attention_spec(
-        kv_shift=model.kv_shift, rope_base=model.rope_base, max_positions=max_positions, backend=backend
+        kv_shift=model.kv_shift,
+        rope_base=model.rope_base,
+        max_positions=max_positions,
+        backend=backend,
     )
     layers_per_chunk = model.num_layers // (parallel.pipeline_size * parallel.virtual_size)
     chunks = []
@@ -121,7 +130,8 @@ def build_model(
         gpt = PackedGPT(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(  # pyright: ignore[reportArgumentType]
-                layer_specs=[layer_spec(attention)] * layers_per_chunk, layer_norm=RMSNorm
+                layer_specs=[layer_spec(attention)] * layers_per_chunk,
+                layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
             ),
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=max_positions,
@@ -145,9 +155,10 @@ def build_model(
 
 
 def shards_of(chunk: PackedGPT) -> Iterator[ShardedTensor]:
+    """This rank's parameters with their place in the whole model; `data` is a view of the parameter."""
     for entry in chunk.sharded_state_dict().values():
         if isinstance(entry, ShardedTensorFactory):  # SwiGLU's two halves in one weight
-            yield from entry.build()
+            yield from entry.build()  # pyright: ignore[reportReturnType]
         elif isinstance(entry, ShardedTensor):
             yield entry
 
@@ -162,7 +173,9 @@ def initialize_weights(chunks: list[PackedGPT], model: ModelConfig, seed: int) -
                 slice(offset, offset + size)
                 for offset, size in zip(shard.global_offset, shard.global_shape, strict=True)
             )[shard.prepend_axis_num :]
-            ours = tuple(slice(s.start, s.start + n) for s, n in zip(ours, shard.local_shape, strict=True))
+            ours = tuple(
+                slice(s.start, s.start + n) for s, n in zip(ours, shard.local_shape, strict=True)
+            )
             full = _initial_value(shard, model, seed)
             shard.data.copy_(full[ours])
 

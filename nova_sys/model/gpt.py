@@ -31,5 +31,9 @@ class PackedGPT(GPTModel):
         if not self.post_process:
             return hidden_SBD
         assert isinstance(self.output_layer, LogprobOutputLayer)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
         return self.output_layer(hidden_SBD, pack.row_R, pack.target_R, weight=weight)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
 from nova_kernels import linear_logprob
 
 
@@ -23,14 +24,18 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: torch.Tensor, row_R: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, row_R: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
         first = dist.get_rank(group) * hidden_TD.size(0)
         mine_R = (row_R >= first) & (row_R < first + hidden_TD.size(0))
         ctx.save_for_backward(mine_R, row_R - first)
         ctx.shape = hidden_TD.shape
         rows_RD = hidden_TD.new_zeros(row_R.numel(), hidden_TD.size(1))
         rows_RD[mine_R] = hidden_TD[(row_R - first)[mine_R]]
-        dist.all_reduce(rows_RD, group=group)  # every row has one owner: the sum is the concatenation, bit for bit
+        dist.all_reduce(
+            rows_RD, group=group
+        )  # every row has one owner: the sum is the concatenation, bit for bit
         return rows_RD
 
     @staticmethod
@@ -45,18 +50,28 @@ class _GatherRows(torch.autograd.Function):
 class LogprobOutputLayer(ColumnParallelLinear):
     """hidden, row_R, target_R -> logp_R (R,) fp32. Without targets: the rows' logits (R, vocab_size), for generation."""
 
+    tp_group: dist.ProcessGroup  # pyright: ignore[reportIncompatibleVariableOverride]
     vocab_size: int
     normalize_weight: bool
     backend: str
 
     @classmethod
     def adopt(
-        cls, layer: ColumnParallelLinear, *, vocab_size: int, normalize_weight: bool, backend: str = "auto"
+        cls,
+        layer: ColumnParallelLinear,
+        *,
+        vocab_size: int,
+        normalize_weight: bool,
+        backend: str = "auto",
     ) -> LogprobOutputLayer:
         """Turns the output layer that GPTModel built into ours, keeping its weight, its group and its place in the model."""
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.vocab_size, layer.normalize_weight, layer.backend = vocab_size, normalize_weight, backend
+        layer.vocab_size, layer.normalize_weight, layer.backend = (
+            vocab_size,
+            normalize_weight,
+            backend,
+        )
         return layer
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,6 +83,7 @@ class LogprobOutputLayer(ColumnParallelLinear):
     ) -> torch.Tensor:
         hidden_TD = hidden_SBD.squeeze(1)
         weight_VD = self.weight if weight is None else weight
+        assert weight_VD is not None
         group = self.tp_group if self.tp_group.size() > 1 else None
         if self.sequence_parallel and group is not None:
             hidden_TD = _GatherRows.apply(hidden_TD, row_R, group)
@@ -93,6 +109,8 @@ class LogprobOutputLayer(ColumnParallelLinear):
         logits_RV = (rows_RD @ weight_VD.T).float()
         if group is not None:
             parts = [torch.empty_like(logits_RV) for _ in range(group.size())]
-            dist.all_gather(parts, logits_RV.contiguous(), group=group)  # now every rank's slice of the vocabulary
+            dist.all_gather(
+                parts, logits_RV.contiguous(), group=group
+            )  # now every rank's slice of the vocabulary
             logits_RV = torch.cat(parts, dim=1)
         return logits_RV[:, : self.vocab_size]

@@ -24,7 +24,9 @@ class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight. Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes:
     its gradient is then summed over the tensor-parallel ranks, which see different tokens."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -45,23 +47,31 @@ def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
 
 
-def core_attention_spec(*, kv_shift: bool, rope_base: float, max_positions: int, backend: str = "auto") -> ModuleSpec:
+def core_attention_spec(
+    *, kv_shift: bool, rope_base: float, max_positions: int, backend: str = "auto"
+) -> ModuleSpec:
     return ModuleSpec(
         module=PackedCoreAttention,
-        params={"kv_shift": kv_shift, "rope_base": rope_base, "max_positions": max_positions, "backend": backend},
+        params={
+            "kv_shift": kv_shift,
+            "rope_base": rope_base,
+            "max_positions": max_positions,
+            "backend": backend,
+        },
     )

@@ -73,7 +73,9 @@ def run_layout(data: str, out: str, overrides: dict[str, Any]) -> dict[str, Any]
     return {"records": records, "weights": weights}
 
 
-def run_layouts(rank: int, data: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any] | None]:
+def run_layouts(
+    rank: int, data: str, cases: list[tuple[str, dict[str, Any]]]
+) -> list[dict[str, Any] | None]:
     """`run_ranks` worker: every case in turn, in the same processes."""
     torch.set_num_threads(1)
     return [run_layout(data, out, overrides) for out, overrides in cases]

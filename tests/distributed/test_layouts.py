@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from nova_kernels.testing import run_ranks
 
-spec = importlib.util.spec_from_file_location("layout_runs", Path(__file__).with_name("layout_runs.py"))
+spec = importlib.util.spec_from_file_location(
+    "layout_runs", Path(__file__).with_name("layout_runs.py")
+)
 assert spec is not None and spec.loader is not None
 layout_runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(layout_runs)
@@ -41,7 +44,11 @@ LAYOUTS: dict[int, dict[str, dict]] = {
         "pp2-vpp2": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
         "dp2": {},
         "tp2-sp-kv": {"parallel.tensor": 2, "parallel.sequence": True, **KV},
-        "pp2-tied": {"parallel.pipeline": 2, "model.tied_embeddings": True, "model.norm_head": True},
+        "pp2-tied": {
+            "parallel.pipeline": 2,
+            "model.tied_embeddings": True,
+            "model.norm_head": True,
+        },
     },
     4: {
         "tp2-pp2-sp": {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True},
@@ -82,9 +89,15 @@ def random_pairs(count: int) -> list[dict[str, str]]:
     rng = random.Random(0)
 
     def words(low: int, high: int) -> str:
-        return "".join(" " + "".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(rng.randint(low, high)))
+        return "".join(
+            " " + "".join(rng.choices("abcdefgh", k=rng.randint(1, 5)))
+            for _ in range(rng.randint(low, high))
+        )
 
-    return [{"prompt": "Q:" + words(1, 20) + "\nA:", "chosen": words(1, 12), "rejected": words(1, 12)} for _ in range(count)]
+    return [
+        {"prompt": "Q:" + words(1, 20) + "\nA:", "chosen": words(1, 12), "rejected": words(1, 12)}
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", [name for cases in LAYOUTS.values() for name in cases])
@@ -94,7 +107,10 @@ def test_layout_agrees_with_one_rank(results: dict[str, dict], name: str) -> Non
     assert got["records"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for expected, seen in zip(reference["records"], got["records"], strict=True):
         for key in ("loss", "grad_norm", "chosen_logp"):
-            assert seen[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (seen["step"], key)
+            assert seen[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (
+                seen["step"],
+                key,
+            )
         assert seen["num_pairs"] == expected["num_pairs"]
     assert set(got["weights"]) == set(reference["weights"])
     for key, expected in reference["weights"].items():

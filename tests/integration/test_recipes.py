@@ -38,15 +38,29 @@ def nova(*arguments: object, expect: int = 0) -> str:
 
 def torchrun(nproc: int, module: str, *arguments: object) -> None:
     """What a user of many machines types, on one."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(nproc),
+    ]
     command = [*launcher, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
 def settings(run_dir: Path, data: Path, **changes: object) -> list[str]:
-    merged = {**SMALL, "run.dir": str(run_dir), "data.train": str(data), **{k.replace("__", "."): v for k, v in changes.items()}}
-    return [part for key, value in merged.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    merged = {
+        **SMALL,
+        "run.dir": str(run_dir),
+        "data.train": str(data),
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
+    return [
+        part for key, value in merged.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
 
 
 def records(run_dir: Path) -> list[dict]:
@@ -60,14 +74,22 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
 
     def say(speaker: str, low: int, high: int) -> str:
-        words = ("".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(rng.randint(low, high)))
+        words = (
+            "".join(rng.choices("abcdefgh", k=rng.randint(1, 6)))
+            for _ in range(rng.randint(low, high))
+        )
         return f"\n\n{speaker}: " + " ".join(words)
 
     with path.open("w") as out:
         for _ in range(120):
-            start = "".join(say("Human", 2, 12) + say("Assistant", 2, 12) for _ in range(rng.randint(0, 2)))
+            start = "".join(
+                say("Human", 2, 12) + say("Assistant", 2, 12) for _ in range(rng.randint(0, 2))
+            )
             start += say("Human", 2, 12)
-            pair = {"chosen": start + say("Assistant", 1, 15), "rejected": start + say("Assistant", 16, 20)}
+            pair = {
+                "chosen": start + say("Assistant", 1, 15),
+                "rejected": start + say("Assistant", 16, 20),
+            }
             out.write(json.dumps(pair) + "\n")
     return path
 
@@ -83,14 +105,26 @@ def test_run_folder_holds_what_is_promised(one_rank_run: Path) -> None:
     rows = records(one_rank_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    for key in ("loss", "grad_norm", "lr", "reward_accuracy", "margin", "tokens_per_s", "pairs_per_s", "peak_gib", "fill"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "lr",
+        "reward_accuracy",
+        "margin",
+        "tokens_per_s",
+        "pairs_per_s",
+        "peak_gib",
+        "fill",
+    ):
         assert all(isinstance(row[key], (int, float)) for row in rows), key
     checkpoints = sorted(path.name for path in (one_rank_run / "checkpoints").iterdir())
     assert checkpoints == ["step_00000003", "step_00000006"]
     assert list((one_rank_run / "tensorboard").glob("events.*"))
 
 
-def test_tensor_and_pipeline_parallel_run_has_the_same_losses(tmp_path: Path, dialogues: Path, one_rank_run: Path) -> None:
+def test_tensor_and_pipeline_parallel_run_has_the_same_losses(
+    tmp_path: Path, dialogues: Path, one_rank_run: Path
+) -> None:
     changes = {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True}
     nova("train", RECIPE, "--nproc", 4, *settings(tmp_path / "run", dialogues, **changes))
     for ours, theirs in zip(records(tmp_path / "run"), records(one_rank_run), strict=True):
@@ -106,8 +140,19 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, dialogues: Path, one_rank_
     shutil.copytree(one_rank_run, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     nova("train", RECIPE, *settings(run_dir, dialogues, checkpoint__every_steps=3))
-    keys = ("step", "loss", "grad_norm", "lr", "margin", "chosen_logp", "rejected_logp", "num_pairs")
-    ours, theirs = ([{key: row[key] for key in keys} for row in records(d)] for d in (run_dir, one_rank_run))
+    keys = (
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "margin",
+        "chosen_logp",
+        "rejected_logp",
+        "num_pairs",
+    )
+    ours, theirs = (
+        [{key: row[key] for key in keys} for row in records(d)] for d in (run_dir, one_rank_run)
+    )
     assert ours == theirs
     weights = [d / "checkpoints" / "step_00000006" for d in (run_dir, one_rank_run)]
     assert weights_of(weights[0]) == weights_of(weights[1])
@@ -122,7 +167,11 @@ def weights_of(checkpoint: Path) -> dict[str, bytes]:
 
     reader = FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in entries.items() if isinstance(m, TensorStorageMetadata)}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in entries.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
     load(state, storage_reader=reader, no_dist=True)
     assert any("exp_avg" in key for key in state)
     return {key: value.numpy().tobytes() for key, value in state.items()}
@@ -134,18 +183,37 @@ def test_another_run_in_the_folder_is_refused(one_rank_run: Path, dialogues: Pat
     assert "holds another run" in text and "seed: 1234 there, 99 here" in text
 
 
-def test_online_reference_gives_the_cached_losses(tmp_path: Path, dialogues: Path, one_rank_run: Path) -> None:
-    nova("train", RECIPE, *settings(tmp_path / "run", dialogues, algo__reference="online", train__steps=3))
+def test_online_reference_gives_the_cached_losses(
+    tmp_path: Path, dialogues: Path, one_rank_run: Path
+) -> None:
+    nova(
+        "train",
+        RECIPE,
+        *settings(tmp_path / "run", dialogues, algo__reference="online", train__steps=3),
+    )
     # the schedule's length differs with train.steps, but not the warm-up: the first three losses do not depend on it
     for ours, theirs in zip(records(tmp_path / "run"), records(one_rank_run)[:3], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
-def test_evaluate_agrees_on_every_layout(tmp_path: Path, dialogues: Path, one_rank_run: Path) -> None:
+def test_evaluate_agrees_on_every_layout(
+    tmp_path: Path, dialogues: Path, one_rank_run: Path
+) -> None:
     files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     text = nova("evaluate", one_rank_run, "--data", dialogues, "--per-pair", files[0], "--with-ids")
     assert "reward accuracy" in text
-    nova("evaluate", one_rank_run, "--data", dialogues, "--per-pair", files[1], "--nproc", 2, "--set", "parallel.tensor=2")
+    nova(
+        "evaluate",
+        one_rank_run,
+        "--data",
+        dialogues,
+        "--per-pair",
+        files[1],
+        "--nproc",
+        2,
+        "--set",
+        "parallel.tensor=2",
+    )
     one, two = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     assert len(one) == len(two) == 120
     for a, b in zip(one, two, strict=True):
@@ -162,23 +230,49 @@ def test_generate_continues_text(one_rank_run: Path) -> None:
 
 
 def test_sft_then_dpo_from_its_checkpoint(tmp_path: Path, dialogues: Path) -> None:
-    sft = settings(tmp_path / "sft", dialogues, algo__name="sft", train__steps=4, log__profile_steps=[3, 3])
+    sft = settings(
+        tmp_path / "sft", dialogues, algo__name="sft", train__steps=4, log__profile_steps=[3, 3]
+    )
     nova("train", RECIPE, *sft)
-    assert list((tmp_path / "sft" / "tensorboard").glob("*.pt.trace.json")), "the profiled step left no trace"
+    assert list((tmp_path / "sft" / "tensorboard").glob("*.pt.trace.json")), (
+        "the profiled step left no trace"
+    )
     losses = [row["loss"] for row in records(tmp_path / "sft")]
     assert losses[-1] < losses[0]
-    dpo = settings(tmp_path / "dpo", dialogues, model__init_from=str(tmp_path / "sft"), parallel__tensor=2, train__steps=2, optimizer__warmup_steps=0)
+    dpo = settings(
+        tmp_path / "dpo",
+        dialogues,
+        model__init_from=str(tmp_path / "sft"),
+        parallel__tensor=2,
+        train__steps=2,
+        optimizer__warmup_steps=0,
+    )
     torchrun(2, "nova_sys.train", RECIPE, *dpo)
     rows = records(tmp_path / "dpo")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    scratch = settings(tmp_path / "scratch", dialogues, data__tokenizer=str(tmp_path / "sft" / "tokenizer"), train__steps=1, optimizer__warmup_steps=0)
+    scratch = settings(
+        tmp_path / "scratch",
+        dialogues,
+        data__tokenizer=str(tmp_path / "sft" / "tokenizer"),
+        train__steps=1,
+        optimizer__warmup_steps=0,
+    )
     nova("train", RECIPE, *scratch)
     untrained = records(tmp_path / "scratch")[0]["chosen_logp"]
-    assert rows[0]["chosen_logp"] > untrained + 1, "the policy starts from the SFT weights, not from scratch"
+    assert rows[0]["chosen_logp"] > untrained + 1, (
+        "the policy starts from the SFT weights, not from scratch"
+    )
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path: Path, dialogues: Path) -> None:
-    text = nova("train", RECIPE, "--dry-run", "--nproc", 4, *settings(tmp_path / "run", dialogues, parallel__tensor=2))
+    text = nova(
+        "train",
+        RECIPE,
+        "--dry-run",
+        "--nproc",
+        4,
+        *settings(tmp_path / "run", dialogues, parallel__tensor=2),
+    )
     for fact in ("layout", "parameters", "packs per epoch", "steps"):
         assert fact in text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -187,5 +281,12 @@ def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path: Path, dialogues: P
 def test_mistakes_end_with_one_clear_message(tmp_path: Path, dialogues: Path) -> None:
     text = nova("train", RECIPE, *settings(tmp_path / "a", dialogues, train__stepz=3), expect=2)
     assert "train.steps" in text and "Traceback" not in text
-    text = nova("train", RECIPE, "--nproc", 2, *settings(tmp_path / "b", tmp_path / "missing.jsonl"), expect=2)
+    text = nova(
+        "train",
+        RECIPE,
+        "--nproc",
+        2,
+        *settings(tmp_path / "b", tmp_path / "missing.jsonl"),
+        expect=2,
+    )
     assert "missing.jsonl" in text and "Traceback" not in text

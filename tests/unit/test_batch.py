@@ -70,7 +70,7 @@ def test_against_the_oracle(documents, share_prefix, padding, data):
     length = len(tokens) + padding
     if length == 0:
         return
-    ref_logp = -np.arange(sum(len(d) - 1 for d in documents), dtype=np.float32)
+    ref_logp = -np.arange(sum(len(d) - 1 for d in documents), dtype=np.float64)
     pack = build_pack(store, chosen, length, share_prefix=share_prefix, ref_logp=ref_logp)
     assert pack.tokens_T.tolist() == tokens + [0] * padding
     if padding:
@@ -91,7 +91,7 @@ def check_types(pack: Pack):
     dtypes = dict.fromkeys(
         ("tokens_T", "row_R", "target_R", "sequence_R", "response_B", "document_P"), np.int64
     )
-    for name, dtype in {**dtypes, "segments_S4": np.int32, "ref_logp_B": np.float32}.items():
+    for name, dtype in {**dtypes, "segments_S4": np.int32, "ref_logp_B": np.float64}.items():
         assert getattr(pack, name).dtype == dtype, name
     assert pack.segments_S4.shape[1] == 4
 
@@ -128,7 +128,12 @@ def test_no_documents_is_all_padding():
 
 def test_long_padding_is_cut_into_short_segments():
     pack = build_pack(MemoryStore([document([1], [2])]), [0], 300, share_prefix=True)
-    assert pack.segments_S4.tolist() == [[0, 2, 0, 0], [2, 130, 2, 2], [130, 258, 130, 130], [258, 300, 258, 258]]
+    assert pack.segments_S4.tolist() == [
+        [0, 2, 0, 0],
+        [2, 130, 2, 2],
+        [130, 258, 130, 130],
+        [258, 300, 258, 258],
+    ]
 
 
 def test_documents_must_fit():

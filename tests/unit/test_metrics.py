@@ -39,7 +39,9 @@ def test_training_flops_by_hand() -> None:
     )
     # per token: q and o are 16 x 16, k and v 16 x 8, the three FFN matrices 16 x 40
     weights = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
-    area = 15 + 3 + 2 * 3  # causal 5, causal 2, and 2 branch tokens against 3 prefix tokens; padding does not count
+    area = (
+        15 + 3 + 2 * 3
+    )  # causal 5, causal 2, and 2 branch tokens against 3 prefix tokens; padding does not count
     attention = 2 * 4 * 4 * area  # scores and weighted sum: 4 heads of 4
     forward = 2 * (3 * (7 * weights + attention) + 4 * 16 * 100)
     assert training_flops(model, 4, 100, pack) == pytest.approx(3 * forward)

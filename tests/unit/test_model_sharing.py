@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,9 +87,7 @@ def test_sharing_and_packing_change_nothing(
 ) -> None:
     model = replace(MODEL, **changes)
     config = transformer_config(model, parallel, dtype=torch.float64)
-    (gpt,) = build_model(
-        model, config, parallel, vocab_size=300, max_positions=PACK_LENGTH, seed=5
-    )
+    (gpt,) = build_model(model, config, parallel, vocab_size=300, max_positions=PACK_LENGTH, seed=5)
     documents = list(range(store.num_documents))
     alone_logp, alone_grads = outcome(gpt, pack_groups(store, [[d] for d in documents], False))
     assert set(alone_grads) == {name for name, _ in gpt.named_parameters()}
@@ -105,9 +102,7 @@ def test_sharing_and_packing_change_nothing(
 
 def test_padding_content_changes_nothing(parallel: Parallel, store: TokenStore) -> None:
     config = transformer_config(MODEL, parallel, dtype=torch.float32)
-    (gpt,) = build_model(
-        MODEL, config, parallel, vocab_size=300, max_positions=PACK_LENGTH, seed=5
-    )
+    (gpt,) = build_model(MODEL, config, parallel, vocab_size=300, max_positions=PACK_LENGTH, seed=5)
     (pack,) = pack_groups(store, [[0, 1]], True)
     tokens_T = pack.tokens_T.copy()
     tokens_T[pack.num_tokens :] = 77
