@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,8 @@ HELD_OUT_OF = 10
 """One problem in so many is held out for evaluation."""
 HABIT_LETTERS = 5
 """Reversing so many letters or more tempts to the habit."""
-TRAINING_ROUND = ("add", "reverse", "sort", "add", "reverse")
-"""The tasks of the training files' lines take turns in this order: sorting is learned from the fewest examples."""
+SFT_ROUND = ("add", "reverse", "sort", "add", "reverse")
+"""The tasks of the SFT file's lines take turns in this order: sorting is learned from the fewest examples."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _MAX_DRAWS = 20_000  # draws for one fresh held-out prompt before the task counts as exhausted
@@ -137,7 +137,7 @@ def accidental_answer(prompt: str, rng: random.Random) -> str:
 def write_tasks(
     folder: Path, *, seed: int, num_sft: int, num_pairs: int, num_eval: int
 ) -> TaskFiles:
-    """Write `sft.jsonl`, `pairs.jsonl` and `eval.jsonl` into `folder`; the evaluation has the tasks in equal shares.
+    """Write `sft.jsonl`, `pairs.jsonl` and `eval.jsonl` into `folder`. The tasks take turns line by line.
 
     Args:     folder is made if missing; files of these names are replaced. num_*: lines per file.
     Raises:   ValueError when a count is below 1, or when `num_eval` asks for more prompts than are held out.
@@ -150,9 +150,9 @@ def write_tasks(
         sft=folder / "sft.jsonl", pairs=folder / "pairs.jsonl", evaluation=folder / "eval.jsonl"
     )
     rng = random.Random(f"sft {seed}")
-    _write(files.sft, (_conversation(p, rng) for p in _prompts(rng, seed, num_sft)))
+    _write(files.sft, (_conversation(p, rng) for p in _prompts(rng, seed, num_sft, SFT_ROUND)))
     rng = random.Random(f"pairs {seed}")
-    _write(files.pairs, (_pair(p, rng) for p in _prompts(rng, seed, num_pairs)))
+    _write(files.pairs, (_pair(p, rng) for p in _prompts(rng, seed, num_pairs, list(DRAW))))
     rng = random.Random(f"eval {seed}")
     _write(files.evaluation, (_pair(p, rng) for p in _held_out_prompts(rng, seed, num_eval)))
     return files
@@ -171,10 +171,10 @@ def _is_held_out(prompt: str, seed: int) -> bool:
     return zlib.crc32(f"{seed} {task} {canonical}".encode()) % HELD_OUT_OF == 0
 
 
-def _prompts(rng: random.Random, seed: int, count: int) -> Iterator[str]:
-    """Training prompts; they may repeat, as in any large file."""
+def _prompts(rng: random.Random, seed: int, count: int, tasks: Sequence[str]) -> Iterator[str]:
+    """Training prompts, the tasks taking turns; prompts may repeat, as in any large file."""
     for i in range(count):
-        draw = DRAW[TRAINING_ROUND[i % len(TRAINING_ROUND)]]
+        draw = DRAW[tasks[i % len(tasks)]]
         prompt = draw(rng)
         while _is_held_out(prompt, seed):
             prompt = draw(rng)
