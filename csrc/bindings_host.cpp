@@ -32,14 +32,14 @@ py::array_t<T, py::array::c_style> vector_of(const py::array& array, const char*
   return array;
 }
 
-py::tuple pack_best_fit_decreasing(const py::array& lengths, int64_t capacity) {
+py::tuple pack_best_fit_decreasing(const py::array& lengths, int64_t capacity, int64_t in_order_up_to) {
   const auto values = vector_of<int32_t>(lengths, "lengths");
   const int32_t* data = values.data();
   const py::ssize_t num_documents = values.size();
   nova::PackPlan plan;
   {
     py::gil_scoped_release release;
-    plan = nova::pack_best_fit_decreasing(data, num_documents, capacity);
+    plan = nova::pack_best_fit_decreasing(data, num_documents, capacity, in_order_up_to);
   }
   const auto num_offsets = static_cast<py::ssize_t>(plan.offsets.size());
   return py::make_tuple(to_numpy(std::move(plan.order), {num_documents}),
@@ -64,14 +64,16 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host code of nova_kernels: sequence packing.";
 
   m.def("pack_best_fit_decreasing", &pack_best_fit_decreasing, py::arg("lengths"), py::arg("capacity"),
+        py::arg("in_order_up_to") = 0,
         R"(Packs documents into as few packs of `capacity` tokens as best-fit decreasing finds.
 
 Documents are placed longest first, equal lengths in input order, each into the pack that it leaves
 fullest (among equals the one changed last). Deterministic; runs without the GIL.
 
 Args:     lengths (n,) int32, tokens per document, each in 1..capacity.   capacity: tokens per pack.
+          in_order_up_to: documents of at most so many tokens come last, in input order instead of by length.
 Returns:  order (n,) int64, document indices grouped by pack; offsets (num_packs + 1,) int64: pack p holds
-          order[offsets[p]:offsets[p + 1]], longest first.
+          order[offsets[p]:offsets[p + 1]], in the order of placement.
 Raises:   ValueError for a length outside 1..capacity (index and value in the message).)");
 
   m.def(

@@ -235,19 +235,25 @@ void check_balance(const double* work, int64_t num_packs, int64_t ranks) {
 
 }  // namespace
 
-PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents, int64_t capacity) {
+PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents, int64_t capacity,
+                                  int64_t in_order_up_to) {
   check_packing(lengths, num_documents, capacity);
-  const auto [documents, ends] = sort_by_decreasing_length(lengths, num_documents, capacity);
+  auto [documents, ends] = sort_by_decreasing_length(lengths, num_documents, capacity);
 
   OpenPacks open(capacity);
   std::vector<uint32_t> pack_of(documents.size());  // by place in `documents`
   int64_t placed = 0;
-  for (int64_t length = capacity; length > 0; --length) {
+  for (int64_t length = capacity; length > in_order_up_to; --length) {
     while (placed < ends[length]) {
       const auto [pack, taken] = open.place(length, ends[length] - placed);
       std::fill_n(pack_of.begin() + placed, taken, pack);
       placed += taken;
     }
+  }
+  for (int64_t i = 0; i < num_documents && placed < num_documents; ++i) {
+    if (lengths[i] > in_order_up_to) continue;
+    documents[placed] = static_cast<uint32_t>(i);
+    pack_of[placed++] = open.place(lengths[i], 1).pack;
   }
 
   PackPlan plan;

@@ -17,9 +17,12 @@ constexpr int64_t kMaxCapacity = int64_t{1} << 24;
 
 // Best-fit decreasing. Documents are placed longest first, equal lengths in input order, each into the
 // open pack that it leaves fullest; among packs with the same space left, the one changed last.
+// Documents of at most in_order_up_to tokens come last, in input order instead of by length: sorted, the
+// short ones would fill whole packs with their like, and such packs make poor training batches.
 // O(n log_64 capacity + capacity) time, 28 n + O(packs + capacity) bytes.
 // Throws std::invalid_argument for a length outside 1..capacity or a capacity outside 1..kMaxCapacity.
-PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents, int64_t capacity);
+PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents, int64_t capacity,
+                                  int64_t in_order_up_to = 0);
 
 // Splits num_packs packs over ranks, num_packs / ranks each, with sums of work as equal as a greedy start
 // (heaviest first, to the lightest rank with a free place) and pairwise swaps make them.

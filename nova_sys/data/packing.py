@@ -1,19 +1,24 @@
-"""Documents into packs, and packs onto data-parallel ranks; the work is done in C++
-(`csrc/host/packing.cpp`)."""
+"""Documents into packs, and packs onto data-parallel ranks; the work is done in C++ (`csrc/host/packing.cpp`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from nova_kernels import _C
 
-from nova_kernels import _C  # pyright: ignore[reportAttributeAccessIssue] compiled
+MIXED_BELOW = 4
+"""Documents of at most 1/4 of a pack are placed in random order, longer ones longest first.
+
+Best-fit decreasing sorts by length, and length says what a document is: of 40,000 short tasks of three kinds it made packs of one kind
+each, and a model trained on them reached a third of the accuracy. Placed at random behind the long ones, short documents cost
+little (hh-rlhf: 99.5% instead of 99.9% filled at T=2048, the same at 4096), and every pack is a fair sample of them.
+"""
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """order: int64 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs +
-    1,)."""
+    """order: int64 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs + 1,)."""
 
     order: np.ndarray
     offsets: np.ndarray
@@ -28,28 +33,38 @@ class PackPlan:
 
 
 def pack_documents(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int) -> PackPlan:
-    """Packs whole documents best-fit decreasing; every document stands in exactly one pack.
+    """Packs whole documents best-fit decreasing, short ones in random order; every document stands in exactly one pack.
 
-    Which of several equally long documents go together, and the order of the packs, depend on
-    (seed, epoch); the number of packs does not.
+    Which lengths share a pack depends on the seed. Which of several equally long documents stand there, and the order of the packs,
+    depend on (seed, epoch); the number of packs does not depend on the epoch.
 
     Args:     lengths (num_documents,) int32, tokens.   capacity: tokens per pack.
     Raises:   ValueError for a length outside 1..capacity.
     """
+    shuffled = np.random.default_rng([seed]).permutation(len(lengths))
+    order, offsets = _C.pack_best_fit_decreasing(
+        lengths[shuffled], capacity, in_order_up_to=capacity // MIXED_BELOW
+    )
+    places = shuffled[order]  # one document of the right length for each place
     rng = np.random.default_rng([seed, epoch])
-    shuffled = rng.permutation(len(lengths))
-    order, offsets = _C.pack_best_fit_decreasing(lengths[shuffled], capacity)
-    order = shuffled[order]
-    packs = rng.permutation(len(offsets) - 1)
-    sizes = np.diff(offsets)[packs]
-    new_offsets = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.repeat(offsets[packs] - new_offsets[:-1], sizes) + np.arange(len(order))
-    return PackPlan(order[places], new_offsets)
+    documents = rng.permutation(len(lengths))
+    order = np.empty(len(lengths), np.int64)
+    keys = lengths.astype(np.uint16) if capacity < 2**16 else lengths  # 16 bits sort in linear time
+    by_place = np.argsort(keys[places], kind="stable")
+    order[by_place] = documents[np.argsort(keys[documents], kind="stable")]
+    return _in_order(PackPlan(order, offsets), rng.permutation(len(offsets) - 1))
+
+
+def _in_order(plan: PackPlan, packs: np.ndarray) -> PackPlan:
+    """The same packs in another order."""
+    sizes = np.diff(plan.offsets)[packs]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.repeat(plan.offsets[packs] - offsets[:-1], sizes) + np.arange(len(plan.order))
+    return PackPlan(plan.order[places], offsets)
 
 
 def balance(work: np.ndarray, ranks: int) -> np.ndarray:
-    """int32 (ranks, G / ranks): the packs of each rank, equally many, their work as equal as
-    possible; deterministic.
+    """int32 (ranks, G / ranks): the packs of each rank, equally many, their work as equal as possible; deterministic.
 
     Args:     work (G,) float64, estimated cost of each pack.   ranks: a divisor of G.
     """

@@ -184,3 +184,14 @@ def test_an_error_in_the_thread_reaches_the_caller(monkeypatch):
         with pytest.raises(OSError, match="disk gone"):
             loader.next()
     loader.stop()
+
+
+def test_packs_are_fair_samples_of_short_documents():
+    """Sorted by length, nearly every pack would hold documents of one length only."""
+    lengths = np.array([2, 3] * 300, np.int32)
+    plan = pack_documents(lengths, CAPACITY, seed=3, epoch=0)
+    kinds = [len(set(lengths[plan.documents(i)])) for i in range(plan.num_packs)]
+    assert np.mean(kinds) > 1.9
+    again = pack_documents(lengths, CAPACITY, seed=3, epoch=1)
+    assert again.num_packs == plan.num_packs
+    assert set(plan.documents(0)) != set(again.documents(0))

@@ -269,3 +269,22 @@ def test_bad_work_is_named(work: list[float], ranks: int, message: str) -> None:
 def test_balance_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="one-dimensional numpy array of float64"):
         _C.balance_packs(np.ones(4, np.float32), 2)
+
+
+def test_short_documents_keep_their_order() -> None:
+    """Long ones first; then the short ones as they came, each into the fullest pack with room."""
+    lengths = np.array([2, 9, 1, 3, 7, 2, 1, 3], np.int32)
+    order, offsets = _C.pack_best_fit_decreasing(lengths, 10, in_order_up_to=4)
+    assert packs_of(order, offsets) == [[1, 6], [4, 0, 2], [3, 5, 7]]
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 80), st.integers(0, 80)
+)
+def test_any_bound_packs_every_document_once(lengths: list[int], capacity: int, bound: int) -> None:
+    values = np.array(lengths, np.int32)
+    packs = packs_of(*_C.pack_best_fit_decreasing(values, capacity, in_order_up_to=bound))
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert all(values[pack].sum() <= capacity for pack in packs)
+    half_full = [values[pack].sum() <= capacity / 2 for pack in packs]
+    assert sum(half_full) <= 1, "two packs that are at most half full could have been one"
