@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from nova_sys.config import CheckpointConfig, ModelConfig
 from nova_sys.optimizer import allocate_state, load_optimizer
@@ -41,8 +42,11 @@ class Description:
     step: int
     model: dict[str, Any]
     vocab_size: int
-    data_order: dict[str, Any]
-    """Data key, seed and global batch: a resumed run must have the same, or its data order would change."""
+    run: dict[str, Any]
+    """`start.run_fields`: what a continuation must have the same."""
+    data_key: str
+    start_identity: str
+    """Names the weights of step 0, which the reference log-probs belong to."""
     world_size: int
     identity: str
     format: int = FORMAT
@@ -54,7 +58,9 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    complete = sorted(checkpoints_dir(run_dir).glob("step_*"))
+    complete = sorted(
+        p for p in checkpoints_dir(run_dir).glob("step_*") if (p / DESCRIPTION).is_file()
+    )
     return complete[-1] if complete else None
 
 
@@ -123,7 +129,8 @@ def load_weights(
         }
     loaded: Any = dist_checkpointing.load(state, str(checkpoint))
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        missing, surplus = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        assert not surplus and all("mix_K2" in name for name in missing), (missing, surplus)
 
 
 class Checkpointer:
@@ -140,6 +147,9 @@ class Checkpointer:
         )
         self._queue = AsyncCallsQueue()
         self._last_step = -1
+        if rank == 0:
+            for torn in self.dir.glob(".step_*"):  # left by a run that was killed while it saved
+                shutil.rmtree(torn, ignore_errors=True)
 
     def save(
         self,
@@ -210,7 +220,9 @@ class Checkpointer:
             chunk.load_state_dict(loaded[f"model{index}"])
         load_optimizer(optimizer, loaded["optimizer"])
         if "rng" in loaded:
-            torch.set_rng_state(loaded["rng"])
+            torch.set_rng_state(loaded["rng"]["cpu"])
+            torch.cuda.set_rng_state(loaded["rng"]["cuda"])
+            _rng_tracker().set_states(loaded["rng"]["tracker"])
         return saved.step
 
     def _state(
@@ -220,13 +232,24 @@ class Checkpointer:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=RESHARDABLE
         )
-        state["rng"] = ShardedObject("rng", torch.get_rng_state(), (self.world_size,), (self.rank,))
+        random = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(),
+            "tracker": _rng_tracker().get_states(),
+        }
+        state["rng"] = ShardedObject("rng", random, (self.world_size,), (self.rank,))
         state["step"] = step
         return state
 
     def _prune(self) -> None:
         for old in sorted(self.dir.glob("step_*"))[: -self.config.keep]:
-            shutil.rmtree(old)
+            hidden = old.rename(old.with_name(f".{old.name}.old"))  # at no moment half a checkpoint
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _rng_tracker() -> Any:
+    """Megatron's random states by name; parallel.py has seeded them."""
+    return get_cuda_rng_tracker()
 
 
 def new_identity() -> str:

@@ -78,10 +78,11 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     from nova_sys.config_io import load_recipe
     from nova_sys.data.packing import pack_documents
     from nova_sys.data.prepare import prepare_data
+    from nova_sys.start import starting_tokenizer
 
     config = load_recipe(recipe, overrides or [])
     capacity = config.data.pack_length
-    store = prepare_data(config).store
+    store = prepare_data(config, starting_tokenizer(config)).store
     lengths = store.document_lengths(config.data.share_prefix)
     plan = pack_documents(lengths, capacity, seed=config.train.seed, epoch=0)
     num_packs = len(plan.offsets) - 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to it: the same size for every tensor-parallel size up to 128, so checkpoints do not depend on it."""
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}  # read by the validator in config_io
 
 
@@ -100,8 +102,8 @@ class TrainConfig:
     """auto: bf16 on a GPU, fp32 on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """selective: attention only. full: blocks of `recompute_layers` layers keep only their input."""
-    recompute_layers: int = 0
-    """Layers per recomputed block; 0 = auto: round(sqrt(layers)), the Baichuan alignment report's optimum."""
+    recompute_layers: int | Literal["auto"] = "auto"
+    """Layers per recomputed block. auto: round(sqrt(layers)), the Baichuan alignment report's optimum."""
     check_first_loss: bool = True
     """DPO: stop when the first step's loss is not ln 2 (wrong reference, dropout, or a parallelism fault)."""
 
@@ -144,8 +146,8 @@ class ParallelConfig:
 class CheckpointConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
-    every_steps: int = 0
-    """Save every so many steps; 0: only at the end."""
+    every_steps: int = 100
+    """Save every so many steps, and at the end; 0: only at the end, so that an interrupted run starts over."""
     keep: int = 2
     """Complete checkpoints kept; older ones are deleted after a newer one is complete."""
     asynchronous: bool = True

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from nova_sys.config import RunConfig
-
-VOCAB_MULTIPLE = 128  # the model pads its vocabulary to it, and tensor-parallel ranks split that
+from nova_sys.config import VOCAB_MULTIPLE, RunConfig
 
 POSITIVE = [
     "model.num_layers",
@@ -37,7 +35,6 @@ NOT_NEGATIVE = [
     "train.steps",
     "train.epochs",
     "train.seed",
-    "train.recompute_layers",
     "optimizer.min_lr",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
@@ -151,7 +148,12 @@ def _schedule_problems(config: RunConfig) -> list[str]:
             f"optimizer.min_lr = {optimizer.min_lr}: must not exceed optimizer.lr = "
             f"{optimizer.lr}, from which the rate decays; lower it"
         )
-    if train.recompute_layers and train.recompute != "full":
+    if train.recompute_layers != "auto" and train.recompute_layers < 1:
+        problems.append(
+            f'train.recompute_layers = {train.recompute_layers}: must be "auto" or 1 and more; '
+            "it is the number of layers per recomputed block"
+        )
+    elif train.recompute_layers != "auto" and train.recompute != "full":
         problems.append(
             f"train.recompute_layers = {train.recompute_layers}: has no effect with "
             f'train.recompute = "{train.recompute}"; set that to "full", or leave this out'

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from nova_sys.log import console, current_rank
 
 USER_ERROR_EXIT_CODE = 2
-OUR_PACKAGES = ("nova_sys", "nova_kernels", "__main__")
+OUR_PACKAGES = ("nova_sys", "__main__")
 LAUNCHED = "NOVA_LAUNCHED"  # set for workers of `launcher.launch`, which prints their errors once
 PR_SET_PDEATHSIG = 1
 

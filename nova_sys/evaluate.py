@@ -21,13 +21,18 @@ import numpy as np
 from nova_sys.config import RunConfig
 from nova_sys.config_io import check
 from nova_sys.data.loader import PackLoader
-from nova_sys.data.prepare import PreparedData
+from nova_sys.data.prepare import PreparedData, prepare_data
 from nova_sys.errors import exit_on_user_error
 from nova_sys.inference import checkpoint_config, load_model
 from nova_sys.log import setup_logging
-from nova_sys.parallel import Parallel, current_world_size, parallel_run, shared_scratch
+from nova_sys.parallel import (
+    Parallel,
+    current_world_size,
+    main_rank_first,
+    parallel_run,
+    shared_scratch,
+)
 from nova_sys.reference import compute_logps
-from nova_sys.trainer import main_rank_first
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,14 @@ def evaluate_pairs(
         parallel_run(config.parallel, seed=config.train.seed) as parallel,
         shared_scratch(parallel) as scratch,
     ):
-        config = replace(config, data=replace(config.data, cache_dir=str(scratch)))
-        data_ = main_rank_first(parallel, config)
+        config = replace(
+            config,
+            run=replace(
+                config.run, dir=str(scratch / "run")
+            ),  # the training run's folder is only read
+            data=replace(config.data, cache_dir=str(scratch)),
+        )
+        data_ = main_rank_first(parallel, lambda: prepare_data(config))
         logp_B = _score(folder, config, data_, parallel)
         ref_logp_B = np.zeros_like(logp_B)
         if reference is not None:
@@ -97,7 +108,7 @@ def evaluate_pairs(
             config.algo.beta
             * np.diff((ref_logp_B - logp_B).reshape(-1, 2).astype(np.float64))[:, 0]
         )
-        nll_P = np.array([-row["chosen_logp"] / row["chosen_tokens"] for row in rows])
+        nll_P = np.array([-row["chosen_logp"] / max(row["chosen_tokens"], 1) for row in rows])
         return Evaluation(
             num_pairs=len(margin_P),
             reward_accuracy=Estimate.of((margin_P > 0) + 0.5 * (margin_P == 0)),

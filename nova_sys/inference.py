@@ -12,8 +12,7 @@ from nova_sys.config_io import load_recipe
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 from nova_sys.model.build import build_model, transformer_config
 from nova_sys.model.gpt import PackedGPT
-from nova_sys.parallel import Parallel
-from nova_sys.trainer import choose_dtype
+from nova_sys.parallel import Parallel, choose_dtype
 
 # A checkpoint remembers the layout it was trained on; it is scored on one rank unless the caller says otherwise.
 ONE_RANK = (

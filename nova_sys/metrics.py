@@ -20,7 +20,7 @@ from nova_sys.data.batch import Pack
 from nova_sys.parallel import Parallel
 
 # Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity).
-PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+PEAK_BF16_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
 
 
 def attention_area(segments_S4: np.ndarray) -> int:
@@ -47,36 +47,39 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's dense bf16 peak of a known GPU, else a 1024^3 GEMM measured here (fp32 on a CPU,
-    with the threads this rank has)."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is a share of: the data sheet's dense bf16 peak of a known GPU, else a square GEMM measured here in the run's
+    dtype, with the threads that this rank has."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_BF16_TFLOPS.items():
             if known in name:
                 return 1e12 * tflops
-    a, b = torch.randn(2, 1024, 1024, device=device)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best_s = math.inf
     for _ in range(5):
         began = time.perf_counter()
         (a @ b)[0, 0].item()
         best_s = min(best_s, time.perf_counter() - began)
-    return 2 * 1024**3 / best_s
+    return 2 * size**3 / best_s
 
 
 class StepClock:
     """Turns a step's packs and seconds into the record's throughput fields, summed over the data-parallel ranks."""
 
     def __init__(
-        self, model: ModelConfig, parallel: Parallel, *, head_dim: int, vocab_size: int
+        self,
+        model: ModelConfig,
+        parallel: Parallel,
+        *,
+        head_dim: int,
+        vocab_size: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.parallel, self.head_dim, self.vocab_size = (
-            model,
-            parallel,
-            head_dim,
-            vocab_size,
-        )
-        self.peak_flops = peak_flops(parallel.device)
+        self.model, self.parallel = model, parallel
+        self.head_dim, self.vocab_size = head_dim, vocab_size
+        self.peak_flops = peak_flops(parallel.device, dtype)
 
     def record(
         self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float
@@ -93,6 +96,8 @@ class StepClock:
             sums, group=self.parallel.groups.dp
         )  # now the global batch's, on every rank
         tokens, slots, documents, flops, wait = sums.tolist()
+        peak = torch.tensor(peak_memory_gib(self.parallel.device), device=self.parallel.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)  # now the largest of any rank
         world = self.parallel.world_size
         record = {
             "tokens_per_s": tokens / step_time_s,
@@ -101,7 +106,7 @@ class StepClock:
             "step_time_s": step_time_s,
             "data_wait_ms": 1e3 * wait / self.parallel.data_size,
             "fill": tokens / slots,
-            "peak_gib": peak_memory_gib(self.parallel.device),
+            "peak_gib": peak.item(),
         }
         record["mfu"] = flops / step_time_s / world / self.peak_flops
         return record

@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nova_sys.config import OptimizerConfig
 from nova_sys.parallel import Parallel
 
+HYPERPARAMETERS = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
+
 
 def wrap_for_training(
     chunks: Sequence[Any],
@@ -34,7 +36,7 @@ def wrap_for_training(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
         average_in_collective=False,  # sums here, one division by the global count in finalize_model_grads
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # step.py looks once, on all ranks together, and says where
     )
     config.finalize_model_grads_func = finalize_model_grads
     return [
@@ -105,7 +107,14 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     for part in _torch_parts(optimizer):
         if hasattr(part, "_set_main_param_and_optimizer_states"):
             part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
+    ours = [
+        {k: group[k] for k in HYPERPARAMETERS if k in group} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, ours, strict=True):
+        group.update(
+            settings
+        )  # the run's configuration decides, not what an earlier part of it was started with
     for part in _torch_parts(optimizer):
         for values in part.optimizer.state.values():
             values["step"] = values["step"].clone()

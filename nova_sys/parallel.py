@@ -6,13 +6,15 @@ Ranks are ordered tensor-parallel first, then data-parallel, then pipeline: neig
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nova_sys.config import ParallelConfig
 from nova_sys.cpu_mode import enable_cpu_mode, use_cpu_threads
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +147,50 @@ def parallel_run(config: ParallelConfig, *, seed: int) -> Iterator[Parallel]:
             dist.destroy_process_group()
 
 
-def sum_over_data_parallel(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """Sums what `counts_once` ranks hold over the whole job; other ranks' values are ignored. Every rank gets the sum."""
-    total = values if parallel.counts_once else torch.zeros_like(values)
-    dist.all_reduce(total)  # now the job's sum, on every rank and stage
-    return total
+_turns = itertools.count()
+
+
+def main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
+    """`work()` on the main rank, then on the others, which find done what it left on the disk.
+
+    The others wait at the job's key-value store, not in a collective: preparing data may take longer than any collective should.
+    Raises: what `work` raised on the main rank, on every rank.
+    """
+    key = f"nova/main_rank_first/{next(_turns)}"
+    store = dist.distributed_c10d._get_default_store()
+    if parallel.is_main:
+        try:
+            result = work()
+        except Exception as error:
+            kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+            store.set(key, f"{kind}\n{error}")
+            raise
+        store.set(key, "done")
+        return result
+    store.wait([key], datetime.timedelta(days=7))
+    kind, _, message = store.get(key).decode().partition("\n")
+    if kind == "ValueError":
+        raise ValueError(message)
+    if kind != "done":
+        raise RuntimeError(f"rank 0 failed: {kind}: {message}")
+    return work()
+
+
+def from_main(parallel: Parallel, decide: Callable[[], T]) -> T:
+    """What the main rank decides, on every rank: ranks that look at a disk for themselves may see different things."""
+    box: list[Any] = [None]
+    if parallel.is_main:
+        try:
+            box = [(decide(), None)]
+        except ValueError as error:
+            box = [(None, str(error))]
+    dist.broadcast_object_list(
+        box, src=0
+    )  # now every rank has the decision, or the reason against it
+    decision, problem = box[0]
+    if problem is not None:
+        raise ValueError(problem)
+    return decision
 
 
 @contextmanager
@@ -160,3 +203,10 @@ def shared_scratch(parallel: Parallel) -> Iterator[Path]:
     finally:
         if parallel.is_main:
             shutil.rmtree(box[0], ignore_errors=True)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 from nova_sys.config import RunConfig
 from nova_sys.config_io import check
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
-from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size
+from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size, recompute_block
+from nova_sys.start import starting_tokenizer
 
 
 def plan_text(config: RunConfig, world_size: int) -> str:
     """Layout, parameters, packs and steps of the run on `world_size` ranks, one fact per line. Raises: ValueError as the run would."""
     check(config, world_size)
-    data = prepare_data(config)
+    data = prepare_data(config, starting_tokenizer(config))
     model, parallel, train = config.model, config.parallel, config.train
     vocab_size = model.vocab_size or data.tokenizer.vocab_size
     data_size = world_size // (parallel.tensor * parallel.pipeline)
@@ -42,7 +41,7 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         "global batch": f"{train.global_batch_packs} packs = {train.global_batch_packs // data_size} micro-batches on each of {data_size} replicas",
         "steps": f"{steps:,} ({steps * train.global_batch_packs / loader.packs_per_epoch:.2f} epochs)",
         "recomputation": train.recompute
-        + (f" in blocks of {train.recompute_layers or round(math.sqrt(model.num_layers))} layers" if train.recompute == "full" else ""),
+        + (f" in blocks of {recompute_block(model.num_layers, train.recompute_layers)} layers" if train.recompute == "full" else ""),
     }  # fmt: skip
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

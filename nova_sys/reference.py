@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
-from nova_sys.parallel import Parallel
+from nova_sys.parallel import Parallel, from_main
 from nova_sys.step import response_logps
 
 
@@ -62,20 +63,23 @@ def compute_logps(
 
 
 def cached_logps(
-    path: Path, compute: Callable[[], np.ndarray], parallel: Parallel
+    path: Path, num_responses: int, compute: Callable[[], np.ndarray], parallel: Parallel
 ) -> tuple[np.ndarray, bool]:
-    """The array at `path`, computed and written (atomically, by the main rank) if it is not there. Returns (array, was there)."""
-    there = [path.is_file()]
-    dist.broadcast_object_list(there, src=0)  # now all ranks agree, whatever their view of the disk
-    if not there[0]:
+    """The array at `path`; computed, and written by the main rank, if it is not there. Returns (array, was there)."""
+    if not from_main(parallel, path.is_file):
         logp = compute()
         if parallel.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npy")
+            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial.npy")
             np.save(partial, logp)
             partial.rename(path)
         return logp, False
-    return np.load(path), True
+    logp = torch.zeros(num_responses, dtype=torch.float64)
+    if parallel.is_main:
+        logp = torch.from_numpy(np.load(path))
+    logp = logp.to(parallel.device)
+    dist.broadcast(logp, src=0)  # now every rank has what the main rank read
+    return logp.cpu().numpy(), True
 
 
 class OnlineReference:

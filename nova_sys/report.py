@@ -124,7 +124,7 @@ def _draw_dpo_loss(axes: Axes, dpo: Metrics) -> None:
     _draw_curve(axes, dpo, "reward_accuracy", SFT_COLOR, "reward accuracy (share of pairs)")
     axes.set_ylim(0, 1.02)
     axes.set(title="DPO: loss and reward accuracy", xlabel="step")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.55))
 
 
 def _draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
@@ -153,10 +153,9 @@ def _draw_curve(axes: Axes, metrics: Metrics, key: str, color: str, label: str) 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Each value averaged with as many neighbours on either side as the ends allow, so that a trend is not shifted."""
+    """Each value averaged with its neighbours, as many on either side; fewer near the start, where curves are steep."""
     reach, means = max(1, round(SMOOTHING_SHARE * len(values) / 2)), []
     for i in range(len(values)):
-        side = min(reach, i, len(values) - 1 - i)
-        window = values[i - side : i + side + 1]
+        window = values[i - min(reach, i) : i + min(reach, i) + 1]
         means.append(sum(window) / len(window))
     return means

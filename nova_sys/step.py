@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from nova_sys.algo.base import Algorithm, sequence_logp
 from nova_sys.data.batch import DevicePack, Pack
-from nova_sys.parallel import Parallel, sum_over_data_parallel
+from nova_sys.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and update over one global batch; `packs` are this data-parallel rank's part of it.
 
-    Raises: FloatingPointError when the loss is not finite, before any weight changes.
+    Raises: NonFiniteStep when the loss or a gradient is not finite, before any weight changes.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -81,27 +83,41 @@ def train_step(
         return out.loss_sum, out.count, torch.cat([out.count[None].float(), out.metric_sums])
 
     collected = run_schedule(chunks, packs, on_output, parallel, forward_only=False)
-    width = 1 + len(algorithm.metric_names)
-    sums = (
-        torch.stack(collected).double() if collected else torch.zeros(0, width, dtype=torch.float64)
-    )
-    sums = sum_over_data_parallel(sums.sum(0).to(parallel.device), parallel).tolist()
+    sums = torch.zeros(2 + len(algorithm.metric_names), dtype=torch.float64, device=parallel.device)
+    if collected and parallel.counts_once:
+        sums[1:] = torch.stack(collected).sum(0)
+    sums[0] = torch.stack([gradients_not_finite(chunk) for chunk in chunks]).sum()
+    dist.all_reduce(sums)  # now the job's sums, on every rank and stage
+    faulty, count, *totals = sums.tolist()
     means = {
-        name: value / max(sums[0], 1.0)
-        for name, value in zip(algorithm.metric_names, sums[1:], strict=True)
+        name: total / max(count, 1.0)
+        for name, total in zip(algorithm.metric_names, totals, strict=True)
     }
-    if not torch.tensor(means["loss"]).isfinite():
+    if faulty or not math.isfinite(means["loss"]):
         bad = [
-            p.document_P.tolist()
-            for p, row in zip(packs, collected, strict=False)
-            if not row.isfinite().all()
+            pack for pack, row in zip(packs, collected, strict=False) if not row.isfinite().all()
         ]
-        raise FloatingPointError(
-            f"the loss is {means['loss']}; weights and optimizer are unchanged. Documents of this rank's non-finite packs: {bad or 'none'}. "
-            "Look at these documents, lower optimizer.lr, or raise optimizer.warmup_steps"
-        )
+        raise NonFiniteStep(means["loss"], [d for pack in bad for d in pack.document_P.tolist()])
     _, grad_norm, _ = optimizer.step()
-    return StepResult(means, round(sums[0]), float(grad_norm or 0.0))
+    return StepResult(means, round(count), float(grad_norm or 0.0))
+
+
+class NonFiniteStep(ArithmeticError):
+    """The loss or a gradient is not finite; raised on every rank before any weight has changed.
+
+    documents: those of this rank's packs with a loss that is not finite (none when only a gradient is at fault).
+    """
+
+    def __init__(self, loss: float, documents: list[int]) -> None:
+        super().__init__(f"loss {loss}")
+        self.loss, self.documents = loss, documents
+
+
+def gradients_not_finite(chunk: Any) -> torch.Tensor:
+    """1.0 when a gradient buffer of this chunk holds an infinite or undefined value, else 0.0."""
+    buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
+    norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
+    return (~torch.stack(norms).isfinite()).any().double()
 
 
 @torch.no_grad()

@@ -16,32 +16,25 @@ from nova_sys.checkpoint import (
     Checkpointer,
     Description,
     describe_model,
-    latest_checkpoint,
     load_weights,
     new_identity,
     read_description,
-    resolve_checkpoint,
 )
 from nova_sys.config import RunConfig
 from nova_sys.config_io import to_toml
 from nova_sys.data.loader import PackLoader
-from nova_sys.data.prepare import PreparedData, prepare_data
+from nova_sys.data.prepare import prepare_data
 from nova_sys.metrics import StepClock
 from nova_sys.model.build import build_model, head_dim, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
-from nova_sys.parallel import Parallel
+from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first
 from nova_sys.reference import OnlineReference, cache_key, cached_logps, compute_logps
-from nova_sys.step import StepResult, train_step
+from nova_sys.start import find_start, first_weights, run_fields
+from nova_sys.step import NonFiniteStep, StepResult, train_step
 from nova_sys.telemetry import Profiler, Telemetry
 
 logger = logging.getLogger(__name__)
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 class Trainer:
@@ -50,10 +43,12 @@ class Trainer:
     def __init__(self, config: RunConfig, parallel: Parallel) -> None:
         self.config, self.parallel = config, parallel
         self.run_dir = Path(config.run.dir)
-        self.resume_from = self._find_run()
+        self.start = from_main(parallel, lambda: find_start(config))
         self.dtype = choose_dtype(config.train.precision, parallel.device)
         self.algorithm = build_algorithm(config.algo)
-        self.data = main_rank_first(parallel, config)
+        self.data = main_rank_first(
+            parallel, lambda: prepare_data(config, self.start.tokenizer_dir)
+        )
         self.vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
         self.mcore_config = transformer_config(
             config.model,
@@ -62,7 +57,9 @@ class Trainer:
             recompute=config.train.recompute,
             recompute_layers=config.train.recompute_layers,
         )
-        self.chunks = self._build_initial_model()
+        self.chunks = self._build_model()
+        if self.start.resume_from is None:
+            self._load_first_weights(self.chunks)
         self.loader = self._build_loader()
         self.online = self._build_online_reference()
         self.total_steps = config.train.steps or self.loader.steps_for(config.train.epochs)
@@ -87,7 +84,11 @@ class Trainer:
         )
         self.schedule.step(self.start_step)
         self.clock = StepClock(
-            config.model, parallel, head_dim=head_dim(config.model), vocab_size=self.vocab_size
+            config.model,
+            parallel,
+            head_dim=head_dim(config.model),
+            vocab_size=self.vocab_size,
+            dtype=self.dtype,
         )
         self.telemetry = Telemetry(
             self.run_dir,
@@ -136,7 +137,10 @@ class Trainer:
         data_wait_s = time.perf_counter() - began
         if self.online is not None:
             packs = self.online.score(packs)
-        result = train_step(self.ddp, self.optimizer, packs, self.algorithm, self.parallel)
+        try:
+            result = train_step(self.ddp, self.optimizer, packs, self.algorithm, self.parallel)
+        except NonFiniteStep as error:
+            raise FloatingPointError(self._explain(step, error)) from None
         if step == 0:
             self._check_first_loss(result)
         lr = next(group["lr"] for group in self.optimizer.param_groups)
@@ -151,15 +155,28 @@ class Trainer:
             del record["pairs_per_s"]
         self.telemetry.step(record)
 
+    def _explain(self, step: int, error: NonFiniteStep) -> str:
+        """Which step, and which documents of which ranks. Called on every rank."""
+        everywhere: list[list[int]] = [[] for _ in range(self.parallel.world_size)]
+        dist.all_gather_object(everywhere, error.documents)  # now every rank knows all of them
+        documents = sorted({document for found in everywhere for document in found})
+        where = ", ".join(f"{d} ({self.data.store.source_of(d)})" for d in documents)
+        return (
+            f"step {step + 1}: the loss is {error.loss} or a gradient is not finite; weights and optimizer are as before the step. "
+            f"Documents in packs with such a loss: {where or 'none, so the fault lies in the backward pass'}. "
+            "Look at them, lower optimizer.lr, or raise optimizer.warmup_steps; the run resumes from its last checkpoint"
+        )
+
     def save(self, step: int) -> None:
-        identity = new_identity()
         description = Description(
             step=step,
             model=describe_model(self.config.model),
             vocab_size=self.vocab_size,
-            data_order=self._data_order(),
+            run=run_fields(self.config),
+            data_key=self.data.store.key,
+            start_identity=self.start.identity,
             world_size=self.parallel.world_size,
-            identity=identity,
+            identity=new_identity(),
         )
         self.checkpointer.save(
             description,
@@ -171,20 +188,9 @@ class Trainer:
 
     # -- building ---------------------------------------------------------------------------------------------------
 
-    def _find_run(self) -> Path | None:
-        """The checkpoint to resume from, if the folder holds a run. Raises: ValueError when it may not be touched."""
-        newest = latest_checkpoint(self.run_dir)
-        if self.config.run.resume == "never" and (
-            newest or (self.run_dir / "metrics.jsonl").exists()
-        ):
-            raise ValueError(
-                f"run.dir={self.run_dir} already holds a run and run.resume='never'; choose another run.dir, or set run.resume='auto'"
-            )
-        return newest
-
-    def _build_initial_model(self) -> list[PackedGPT]:
+    def _build_model(self) -> list[PackedGPT]:
         config = self.config
-        chunks = build_model(
+        return build_model(
             config.model,
             self.mcore_config,
             self.parallel,
@@ -192,26 +198,20 @@ class Trainer:
             max_positions=config.data.pack_length,
             seed=config.train.seed,
         )
-        if config.model.init_from:
-            load_weights(
-                resolve_checkpoint(config.model.init_from), chunks, config.model, self.vocab_size
-            )
-        return chunks
 
-    def _initial_identity(self) -> str:
-        """Names the weights that the run starts from, for the key of the reference cache."""
-        if self.config.model.init_from:
-            return read_description(resolve_checkpoint(self.config.model.init_from)).identity
-        return f"random {describe_model(self.config.model)} {self.config.model.init_std} {self.config.model.kv_shift_init} {self.vocab_size} {self.config.train.seed} {torch.__version__}"
+    def _load_first_weights(self, chunks: list[PackedGPT]) -> None:
+        """The weights of step 0 into `chunks`, which are random so far."""
+        folder = from_main(self.parallel, lambda: first_weights(self.start, self.config))
+        if folder is not None:
+            load_weights(folder, chunks, self.config.model, self.vocab_size)
 
     def _build_loader(self) -> PackLoader:
         """The loader, with reference log-probs attached when the algorithm wants them from the cache."""
-        config = self.config
-        epochs = None if config.train.steps else config.train.epochs
+        config, store = self.config, self.data.store
 
         def loader(epochs: float | None, ref_logp: np.ndarray | None = None) -> PackLoader:
             return PackLoader(
-                self.data.store,
+                store,
                 pack_length=config.data.pack_length,
                 global_batch_packs=config.train.global_batch_packs,
                 data_rank=self.parallel.data_rank,
@@ -222,69 +222,48 @@ class Trainer:
                 ref_logp=ref_logp,
             )
 
-        if not self.algorithm.needs_reference or config.algo.reference == "online":
-            return loader(epochs)
-        key = cache_key(
-            self._initial_identity(), self.data.store.key, str(self.dtype), config.data.share_prefix
-        )
-        one_pass = loader(1.0)
-
         def compute() -> np.ndarray:
             logger.info(
-                "reference log-probs of %d responses: one forward pass",
-                self.data.store.num_responses,
+                "reference log-probs of %d responses: one forward pass", store.num_responses
             )
+            if self.start.resume_from:
+                self._load_first_weights(self.chunks)  # the cache was deleted since the run began
             return compute_logps(
-                self.chunks,
-                one_pass,
-                self.data.store.num_responses,
-                self.parallel,
-                on_step=log_tenths,
+                self.chunks, loader(1.0), store.num_responses, self.parallel, on_step=log_tenths
             )
 
-        ref_logp, was_there = cached_logps(
-            self.data.cache_dir / f"reference-{key}.npy", compute, self.parallel
-        )
-        logger.info(
-            "reference log-probs: %s", "from the cache" if was_there else "computed and cached"
-        )
-        return loader(epochs, ref_logp)
+        ref_logp = None
+        if self.algorithm.needs_reference and config.algo.reference == "cache":
+            key = cache_key(
+                self.start.identity, store.key, str(self.dtype), config.data.share_prefix
+            )
+            path = self.data.cache_dir / f"reference-{key}.npy"
+            ref_logp, there = cached_logps(path, store.num_responses, compute, self.parallel)
+            logger.info(
+                "reference log-probs: %s", "from the cache" if there else "computed and cached"
+            )
+        return loader(None if config.train.steps else config.train.epochs, ref_logp)
 
     def _build_online_reference(self) -> OnlineReference | None:
         if not self.algorithm.needs_reference or self.config.algo.reference == "cache":
             return None
-        return OnlineReference(self._build_initial_model(), self.parallel)
-
-    def _data_order(self) -> dict:
-        config = self.config
-        return {
-            "data_key": self.data.store.key,
-            "seed": config.train.seed,
-            "global_batch_packs": config.train.global_batch_packs,
-            "pack_length": config.data.pack_length,
-            "share_prefix": config.data.share_prefix,
-        }
+        frozen = self._build_model()
+        self._load_first_weights(frozen)
+        return OnlineReference(frozen, self.parallel)
 
     def _resume(self) -> int:
-        """Restores the run's newest checkpoint. Raises: ValueError when it belongs to another run."""
-        if self.resume_from is None:
+        """Restores the run's newest checkpoint. Raises: ValueError when the data is no longer the same."""
+        checkpoint = self.start.resume_from
+        if checkpoint is None:
             return 0
-        saved = read_description(self.resume_from)
-        ours = {
-            **self._data_order(),
-            **describe_model(self.config.model),
-            "vocab_size": self.vocab_size,
-        }
-        theirs = {**saved.data_order, **saved.model, "vocab_size": saved.vocab_size}
-        differing = [
-            f"{k}: {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v
-        ]
-        if differing:
+        saved = read_description(checkpoint)
+        if saved.data_key != self.data.store.key or saved.vocab_size != self.vocab_size:
             raise ValueError(
-                f"run.dir={self.run_dir} holds another run ({'; '.join(differing)}); choose another run.dir, or restore these settings"
+                f"run.dir={self.run_dir} holds another run (its data, tokenizer, template or vocabulary were others); choose another "
+                "run.dir, or restore the data settings and files"
             )
-        step = self.checkpointer.resume(self.resume_from, self.chunks, self.optimizer)
-        logger.info("resumed from %s: step %d is done", self.resume_from, step)
+        step = self.checkpointer.resume(checkpoint, self.chunks, self.optimizer)
+        logger.info("resumed from %s: step %d is done", checkpoint, step)
         return step
 
     def _check_first_loss(self, result: StepResult) -> None:
@@ -307,20 +286,3 @@ def log_tenths(done: int, total: int) -> None:
     """Tells of every tenth of a long pass."""
     if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
         logger.info("reference: %d%%", 100 * done // total)
-
-
-def main_rank_first(parallel: Parallel, config: RunConfig) -> PreparedData:
-    """Tokenises on the main rank; the others wait, then open the finished store. An error on the main rank reaches all."""
-    start = config.model.init_from
-    tokenizer_dir = resolve_checkpoint(start) / "tokenizer" if start else None
-    prepared: PreparedData | None = None
-    outcome: list[str | None] = [None]
-    if parallel.is_main:
-        try:
-            prepared = prepare_data(config, tokenizer_dir)
-        except ValueError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)  # now every rank knows whether the data is ready
-    if outcome[0] is not None:
-        raise ValueError(outcome[0])
-    return prepared or prepare_data(config, tokenizer_dir)

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import tempfile
 import time
@@ -188,6 +189,7 @@ def _rank_main(
     rank: int, world_size: int, folder: str, source: tuple[str, str, str], timeout_s: float
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     fn = _load_function(*source)  # before the arguments, whose classes may live in its module
     args = torch.load(Path(folder) / "args.pt", weights_only=False)
     dist.init_process_group(

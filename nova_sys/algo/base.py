@@ -44,7 +44,9 @@ def sequence_logp(logp_R: torch.Tensor, pack: DevicePack) -> torch.Tensor:
     In fp64 because margins are small differences of large sums: at 400 nats an fp32 sum is only known to 3e-5.
     """
     logp_B = torch.zeros(pack.response_B.numel(), dtype=torch.float64, device=logp_R.device)
-    return logp_B.index_add(0, pack.sequence_R, logp_R.double())
+    return logp_B.index_put(
+        (pack.sequence_R,), logp_R.double(), accumulate=True
+    )  # deterministic on a GPU, unlike index_add
 
 
 def sequence_tokens(pack: DevicePack) -> torch.Tensor:

@@ -47,5 +47,5 @@ class DPO:
             logp_B[0::2].sum(),  # sequence 2p is pair p's chosen answer, 2p + 1 its rejected one
             logp_B[1::2].sum(),
         )
-        count = torch.tensor(logp_B.numel() // 2, dtype=torch.int, device=logp_R.device)
+        count = torch.full((), logp_B.numel() // 2, dtype=torch.int, device=logp_R.device)
         return LossOutput(loss_sum, count, torch.stack([m.detach().float() for m in metrics]))

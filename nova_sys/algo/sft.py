@@ -19,5 +19,5 @@ class SFT:
 
     def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput:
         nll = -logp_R.sum()
-        count = torch.tensor(logp_R.numel(), dtype=torch.int, device=logp_R.device)
+        count = torch.full((), logp_R.numel(), dtype=torch.int, device=logp_R.device)
         return LossOutput(nll, count, nll.detach()[None])

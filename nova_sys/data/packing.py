@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from nova_kernels import _C
 
 MIXED_BELOW = 4

@@ -66,13 +66,13 @@ def _tokenizer(
     source = Path(config.data.tokenizer) if config.data.tokenizer else checkpoint_tokenizer
     if source is not None:
         tokenizer = load_tokenizer(source)
-        if (
-            not tokenizer_dir.is_dir()
-            or load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint
-        ):
-            tokenizer.save(
-                tokenizer_dir
-            )  # on the main rank, which comes first; the others find it there
+        if not tokenizer_dir.is_dir():
+            tokenizer.save(tokenizer_dir)  # on the main rank; the others come later and find it
+        elif load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{tokenizer_dir} holds another tokenizer than {source}; the run in that folder needs its own. "
+                "Choose another run.dir, or delete that folder"
+            )
         return tokenizer
     if (tokenizer_dir / "tokenizer.model").is_file():
         return load_tokenizer(tokenizer_dir)

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -216,15 +216,26 @@ def build_store(spec: StoreSpec, folder: str | Path) -> StoreReport:
                 "delete the folder."
             )
         return store.report
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         report = _write_store(spec, temporary)
-        temporary.rename(folder)
+        temporary.chmod(0o755)  # mkdtemp gives a private folder
+        _publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return report
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Gives the finished store its name, unless another process was faster with the same one."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)
 
 
 def _write_store(spec: StoreSpec, folder: Path) -> StoreReport:

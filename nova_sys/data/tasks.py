@@ -7,8 +7,7 @@
 What the files hold, and why preference optimisation has something real to repair in them:
 
 - `sft.jsonl`, {"messages": [user, assistant]}. Written as if by people with bad habits: an answer to a prompt that tempts
-  to a habit (about half of all prompts) shows it with probability `HABIT_RATE`, so a little under a third of all answers
-  are wrong. A model that imitates this text well imitates the habits well, too: no amount of this data removes them.
+  to a habit (almost half of all prompts) shows it with probability `HABIT_RATE`, so a quarter of all answers are wrong. A model that imitates this text well imitates the habits well, too: no amount of this data removes them.
 - `pairs.jsonl`, {"prompt", "chosen", "rejected"}. The chosen answer is right. The rejected one shows the habit where the
   prompt tempts to one (with probability `HABIT_SHARE`), and otherwise an accidental slip: off by one or ten, two
   neighbours changed, an item missing or written twice, and the like. So most pairs compare two answers that the imitating model both finds likely.
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HABIT_RATE = 0.6
+HABIT_RATE = 0.55
 """Probability that an answer in the SFT file shows the bad habit its prompt tempts to."""
 HABIT_SHARE = 0.6
 """Probability that a rejected answer shows that habit instead of an accidental slip."""
@@ -56,7 +55,7 @@ def _draw_add(rng: random.Random) -> str:
 
 
 def _draw_sort(rng: random.Random) -> str:
-    return "sort " + " ".join(str(rng.randint(0, 9)) for _ in range(rng.randint(3, 5)))
+    return "sort " + " ".join(str(rng.randint(0, 9)) for _ in range(rng.randint(3, 4)))
 
 
 def _draw_reverse(rng: random.Random) -> str:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nova_sys.config import ModelConfig
+from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
 from nova_sys.model.specs import RMSNorm, core_attention_spec, layer_spec
 from nova_sys.parallel import Parallel
-
-VOCAB_MULTIPLE = 128  # padded size is the same for every tensor-parallel size up to 128, so checkpoints do not depend on it
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -46,13 +45,18 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> int:
     return model.num_layers * layer + embeddings + width
 
 
+def recompute_block(num_layers: int, setting: int | Literal["auto"]) -> int:
+    """Layers per recomputed block. Keeping L/n inputs and recomputing n layers at a time costs least memory at n = sqrt(L)."""
+    return round(math.sqrt(num_layers)) if setting == "auto" else setting
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: Parallel,
     *,
     dtype: torch.dtype,
     recompute: str = "none",
-    recompute_layers: int = 0,
+    recompute_layers: int | Literal["auto"] = "auto",
 ) -> TransformerConfig:
     """Megatron's configuration of our decoder. No dropout anywhere: preference losses compare two forwards of one policy."""
     bf16 = dtype == torch.bfloat16
@@ -61,9 +65,7 @@ def transformer_config(
     recompute_options = {
         "recompute_granularity": None if recompute == "none" else recompute,
         "recompute_method": "uniform" if full else None,
-        "recompute_num_layers": min(
-            per_stage, recompute_layers or round(math.sqrt(model.num_layers))
-        )
+        "recompute_num_layers": min(per_stage, recompute_block(model.num_layers, recompute_layers))
         if full
         else None,
     }

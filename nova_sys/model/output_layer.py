@@ -29,10 +29,12 @@ class _GatherRows(torch.autograd.Function):
     ) -> torch.Tensor:
         first = dist.get_rank(group) * hidden_TD.size(0)
         mine_R = (row_R >= first) & (row_R < first + hidden_TD.size(0))
-        ctx.save_for_backward(mine_R, row_R - first)
+        local_R = (row_R - first).clamp(
+            0, hidden_TD.size(0) - 1
+        )  # others' rows: any, they are masked
+        ctx.save_for_backward(mine_R, local_R)
         ctx.shape = hidden_TD.shape
-        rows_RD = hidden_TD.new_zeros(row_R.numel(), hidden_TD.size(1))
-        rows_RD[mine_R] = hidden_TD[(row_R - first)[mine_R]]
+        rows_RD = hidden_TD.index_select(0, local_R).masked_fill_(~mine_R[:, None], 0)
         dist.all_reduce(
             rows_RD, group=group
         )  # every row has one owner: the sum is the concatenation, bit for bit
@@ -43,7 +45,7 @@ class _GatherRows(torch.autograd.Function):
         (drows_RD,) = grads
         mine_R, local_R = ctx.saved_tensors
         dhidden_TD = torch.zeros(ctx.shape, dtype=torch.float32, device=drows_RD.device)
-        dhidden_TD.index_add_(0, local_R[mine_R], drows_RD[mine_R].float())
+        dhidden_TD.index_add_(0, local_R, drows_RD.float().masked_fill(~mine_R[:, None], 0))
         return dhidden_TD.to(drows_RD.dtype), None, None
 
 

@@ -87,10 +87,8 @@ def linear_dpo_loss(
         workspace_mib=workspace_mib,
         backend=backend,
     )
-    # index_put, not index_add: deterministic on a GPU too
-    logp_S = logp_R.new_zeros(num_sequences).index_put((sequence_R,), logp_R, accumulate=True)
-    counted_R = (target_R != IGNORE_TARGET).long()
-    num_tokens_S = counted_R.new_zeros(num_sequences).index_add_(0, sequence_R, counted_R)
+    logp_S = _sum_by_sequence(logp_R, sequence_R, num_sequences)
+    num_tokens_S = _sum_by_sequence((target_R != IGNORE_TARGET).long(), sequence_R, num_sequences)
     pairs = preference_loss(
         logp_S,
         ref_logp_S,
@@ -121,3 +119,8 @@ def _check_sequences(sequence_R: Tensor, num_sequences: int) -> None:
             f"sequence_R spans [{lowest}, {highest}], but must lie in [0, {num_sequences}), the "
             f"entries of ref_logp_S. Check that both belong to this pack."
         )
+
+
+def _sum_by_sequence(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:
+    """(S,) sums. index_put, not index_add: deterministic on a GPU too."""
+    return value_R.new_zeros(num_sequences).index_put((sequence_R,), value_R, accumulate=True)

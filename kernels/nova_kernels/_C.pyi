@@ -1,0 +1,9 @@
+"""Host code (csrc/bindings_host.cpp); the docstrings there are the manual."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def pack_best_fit_decreasing(
+    lengths: NDArray[np.int32], capacity: int, in_order_up_to: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def balance_packs(work: NDArray[np.float64], ranks: int) -> NDArray[np.int32]: ...

@@ -1,0 +1,101 @@
+"""Where a run begins: random weights, another run's checkpoint, or its own last checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nova_sys.checkpoint import (
+    describe_model,
+    latest_checkpoint,
+    read_description,
+    resolve_checkpoint,
+)
+from nova_sys.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """resume_from: the run's own newest checkpoint. init_from: where its first weights lie, None: random ones.
+    identity: names those first weights; the reference log-probs are theirs, also when the run is resumed.
+    tokenizer_dir: the tokenizer that comes with the weights, if any."""
+
+    resume_from: Path | None
+    init_from: Path | None
+    identity: str
+    tokenizer_dir: Path | None
+
+
+def find_start(config: RunConfig) -> Start:
+    """Decides, on one rank. Raises: ValueError when the run folder may not be touched, or `model.init_from` holds nothing."""
+    run_dir = Path(config.run.dir)
+    newest = latest_checkpoint(run_dir)
+    if config.run.resume == "never" and (newest or (run_dir / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"run.dir={run_dir} already holds a run and run.resume='never'; choose another run.dir, or set run.resume='auto'"
+        )
+    init_from = Path(config.model.init_from) if config.model.init_from else None
+    if newest is not None:
+        saved = read_description(newest)
+        _refuse_another_run(run_dir, saved.run, run_fields(config))
+        return Start(newest, init_from, saved.start_identity, newest / "tokenizer")
+    if init_from is not None:
+        init_from = resolve_checkpoint(init_from)
+        return Start(None, init_from, _identity_of(init_from, config), init_from / "tokenizer")
+    return Start(None, None, _identity_of(None, config), None)
+
+
+def first_weights(start: Start, config: RunConfig) -> Path | None:
+    """The checkpoint that holds the weights of step 0, or None for random ones. Raises: ValueError when it is another one by now."""
+    if start.init_from is None:
+        return None
+    folder = resolve_checkpoint(start.init_from)
+    if _identity_of(folder, config) != start.identity:
+        raise ValueError(
+            f"model.init_from={config.model.init_from} is no longer the checkpoint that this run started from, and the reference needs "
+            "those weights; put the old checkpoint back, or start a new run in another run.dir"
+        )
+    return folder
+
+
+def starting_tokenizer(config: RunConfig) -> Path | None:
+    """The tokenizer that the run's weights come with, for commands that prepare data without training."""
+    return find_start(config).tokenizer_dir
+
+
+def run_fields(config: RunConfig) -> dict[str, Any]:
+    """What must not change between a run and its continuation: else data order, loss or weights would."""
+    return {
+        **{f"model.{key}": value for key, value in describe_model(config.model).items()},
+        "model.init_from": config.model.init_from,
+        "algo": asdict(config.algo) | {"reference": None},  # cache and online are the same numbers
+        "train.seed": config.train.seed,
+        "train.global_batch_packs": config.train.global_batch_packs,
+        "data.pack_length": config.data.pack_length,
+        "data.max_length": config.data.max_length,
+        "data.share_prefix": config.data.share_prefix,
+    }
+
+
+def _refuse_another_run(run_dir: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    differing = [
+        f"{k}: {saved.get(k)} there, {v} here" for k, v in ours.items() if saved.get(k) != v
+    ]
+    if differing:
+        raise ValueError(
+            f"run.dir={run_dir} holds another run ({'; '.join(differing)}); choose another run.dir, or restore these settings"
+        )
+
+
+def _identity_of(init_from: Path | None, config: RunConfig) -> str:
+    """Checkpoints carry a name of their own; random weights are named by everything that determines them."""
+    model, seed = config.model, config.train.seed
+    if init_from is None:
+        return json.dumps(["random", asdict(model) | {"init_from": None}, seed, torch.__version__])
+    saved = read_description(init_from)
+    drawn = [model.kv_shift_init, seed] if model.kv_shift and not saved.model["kv_shift"] else None
+    return json.dumps([saved.identity, drawn])
