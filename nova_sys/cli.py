@@ -165,11 +165,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and the report.")] = Path(
         "runs/demo"
     ),
+    seed: Annotated[int, typer.Option(help="Of the data and of both runs.")] = 0,
 ) -> None:
     """Align a small model from nothing: make data, SFT, then DPO on two processes, and report."""
     from nova_sys.demo import run_demo
 
-    run_demo(out)
+    raise typer.Exit(run_demo(out, seed=seed))
 
 
 def main() -> None:
