@@ -139,7 +139,7 @@ def _draw_accuracy(axes: Axes, report: dict[str, Any]) -> None:
         bars = axes.bar(places, values, width=0.38, color=color, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 108)
+    axes.set_ylim(0, 115)
     axes.set_yticks(range(0, 101, 20))
     axes.set(title=f"Exact match on {report['num_eval']} held-out prompts", ylabel="percent")
     axes.legend(frameon=False, loc="upper left", ncols=2)
