@@ -153,7 +153,8 @@ def _draw_curve(axes: Axes, metrics: Metrics, key: str, color: str, label: str) 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Each value averaged with its neighbours, as many on either side; fewer near the start, where curves are steep."""
+    """Each value averaged with its neighbours, as many on either side; near the start, where curves are steep, with fewer,
+    and at the end with those before it."""
     reach, means = max(1, round(SMOOTHING_SHARE * len(values) / 2)), []
     for i in range(len(values)):
         window = values[i - min(reach, i) : i + min(reach, i) + 1]
