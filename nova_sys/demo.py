@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nova_sys.data.tasks import (
     DRAW,
@@ -83,7 +86,22 @@ def run_demo(out: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> int:
 
 def _train(recipe: Path, nproc: int, settings: Sequence[str]) -> int:
     flags = [part for setting in settings for part in ("--set", setting)]
-    return launch("nova_sys.train", [str(recipe), *flags], nproc=nproc)
+    with _gpus_hidden(when=0 < torch.cuda.device_count() < nproc):
+        return launch("nova_sys.train", [str(recipe), *flags], nproc=nproc)
+
+
+@contextmanager
+def _gpus_hidden(*, when: bool) -> Iterator[None]:
+    """Processes started inside see no GPU: two tensor-parallel ranks cannot share one, but run as well on the CPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if when:
+        logger.info("demo: fewer GPUs than processes, so this part runs on the CPU")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    yield
+    if when and before is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    elif when:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before or ""
 
 
 @contextmanager

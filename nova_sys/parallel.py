@@ -99,6 +99,12 @@ def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     enable_cpu_mode()
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_ranks > torch.cuda.device_count():
+            raise ValueError(
+                f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; each rank needs its own. Start fewer, or hide the "
+                "GPUs (CUDA_VISIBLE_DEVICES= before the command) to run on the CPU"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
