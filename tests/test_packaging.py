@@ -40,13 +40,13 @@ def test_wheel_has_exactly_the_two_packages(wheel_names: set[str]) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == set(SOURCES)
 
 
-def test_wheel_has_every_file_of_the_packages(wheel_names: set[str]) -> None:
+def test_wheel_has_every_module_of_the_packages(wheel_names: set[str]) -> None:
     skipped = {"__pycache__", ".ruff_cache"}
     expected = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".so" and not skipped & set(path.parts)
+        if path.suffix in (".py", ".pyi") and not skipped & set(path.parts)
     }
     packaged = {name for name in wheel_names if name.split("/")[0] in SOURCES}
     extensions = {
