@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nova_kernels import _C
+from nova_sys.data.packing import MIXED_BELOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,12 @@ OPS = {
             "5M uniform lengths, T=4096": lambda: uniform_lengths(5_000_000, 4096),
         },
         providers={
-            "C++, one core": lambda x: _C.pack_best_fit_decreasing(x.lengths, x.capacity),
+            "short documents in order, as in training": lambda x: _C.pack_best_fit_decreasing(
+                x.lengths, x.capacity, in_order_up_to=x.capacity // MIXED_BELOW
+            ),
+            "all by decreasing length": lambda x: _C.pack_best_fit_decreasing(
+                x.lengths, x.capacity
+            ),
         },
         unit="documents",
         amount=lambda x: len(x.lengths),

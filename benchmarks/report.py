@@ -47,13 +47,13 @@ def packing(record: dict[str, Any]) -> str:
     lines = [
         f"**Packing**, one core ({machine(record)}):",
         "",
-        "| documents | documents/s | filled |",
-        "|---|---|---|",
+        "| documents | placed | documents/s | filled |",
+        "|---|---|---|---|",
     ]
     for row in record["results"]:
         median = statistics.median(row["seconds"])
         lines.append(
-            f"| {row['case']} | {row['median'] / 1e6:.0f} million ({median:.2f} s) | {row['fill_percent']:.2f}% |"
+            f"| {row['case']} | {row['provider']} | {row['median'] / 1e6:.0f} million ({median:.2f} s) | {row['fill_percent']:.2f}% |"
         )
     return "\n".join(lines)
 
