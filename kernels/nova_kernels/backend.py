@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Sequence
+
+import torch
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
@@ -31,3 +35,12 @@ def resolve(op: str, requested: str, available: Sequence[str]) -> str:
         _announced.add((op, chosen))
         _log.info("%s -> %s", op, chosen)
     return chosen
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """True on a CUDA device, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), where Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (
+        device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    )

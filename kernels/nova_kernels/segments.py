@@ -14,6 +14,7 @@ Legend: T packed tokens, S segments, I breaks (segments that hold a token), J br
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -45,6 +46,18 @@ class SegmentIndex:
     def num_positions(self) -> int:
         """One more than the largest position in the pack."""
         return max((p1 - p0 + end - start for start, end, p0, p1 in self.host_segments), default=0)
+
+    @cached_property
+    def successors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Branches by the token they continue, int32: the first tokens of those behind token t are
+        `tokens_J[offset_T1[t]:offset_T1[t + 1]]`, in pack order; t + 1 itself is not among them.
+
+        Made on first use, without reading the device, and then kept for all layers.
+        """
+        order_J = torch.argsort(self.branch_previous_J, stable=True)
+        every_T1 = torch.arange(self.num_tokens + 1, device=self.position_T.device)
+        offset_T1 = torch.searchsorted(self.branch_previous_J[order_J], every_T1)
+        return offset_T1.int(), self.branch_J[order_J].int()
 
     def to(self, device: torch.device | str) -> SegmentIndex:
         return SegmentIndex(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from nova_kernels.backend import resolve
+from nova_kernels.backend import resolve, triton_runs_on
 from nova_kernels.checks import check_dtype, check_same_device, check_shape
 from nova_kernels.kv_shift_rope.reference import shift_rope
 from nova_kernels.segments import SegmentIndex, schedule_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FUSED_DTYPES = _DTYPES[:3]
 
 
 def kv_shift_rope(
@@ -67,7 +68,16 @@ def kv_shift_rope(
         q_TNH=q_TNH, k_TKH=k_TKH, v_TKH=v_TKH, k_mix_K2=k_mix_K2, v_mix_K2=v_mix_K2,
         cos_PF=cos_PF, sin_PF=sin_PF, position_T=index.position_T,
     )  # fmt: skip
-    resolve("kv_shift_rope", backend, ("reference",))
+    # "auto" takes the reference until the Triton kernels have passed their tests on a GPU.
+    fused = triton_runs_on(q_TNH.device) and q_TNH.dtype in _FUSED_DTYPES
+    chosen = resolve("kv_shift_rope", backend, ("reference", "triton") if fused else ("reference",))
+    if chosen == "triton":
+        from nova_kernels.kv_shift_rope._triton import kv_shift_rope_triton
+
+        mixes, tables = (k_mix_K2, v_mix_K2), (cos_PF, sin_PF)
+        return kv_shift_rope_triton(
+            q_TNH, k_TKH, v_TKH, mixes, tables, index, interleaved=interleaved
+        )
     cos_TF = cos_PF.index_select(0, index.position_T)
     sin_TF = sin_PF.index_select(0, index.position_T)
     return (
