@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"nova_sys": ROOT / "nova_sys", "nova_kernels": ROOT / "kernels" / "nova_kernels"}
 
 MAX_FUNCTION_LINES = 60
+MAX_DEVICE_FUNCTION_LINES = 150
 MAX_FILE_LINES = 400
 
 STDLIB = frozenset(sys.stdlib_module_names)
@@ -24,6 +25,7 @@ MEGATRON_USERS = (
     "nova_sys.parallel",
     "nova_sys.step",
     "nova_sys.checkpoint",
+    "nova_sys.shards",
     "nova_sys.optimizer",
     "nova_sys.trainer",
     "nova_sys.cpu_mode",
@@ -145,10 +147,11 @@ def oversized(path: str, source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)) if path.endswith(".py") else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = code_lines(node)
-            if length > MAX_FUNCTION_LINES:
+            on_device = any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+            limit = MAX_DEVICE_FUNCTION_LINES if on_device else MAX_FUNCTION_LINES
+            if length > limit:
                 problems.append(
-                    f"{path}:{node.lineno}: {node.name} has {length} lines, "
-                    f"the limit is {MAX_FUNCTION_LINES}"
+                    f"{path}:{node.lineno}: {node.name} has {length} lines, the limit is {limit}"
                 )
     return problems
 
@@ -258,5 +261,8 @@ def test_long_files_and_functions_are_found() -> None:
     assert oversized("a.py", "def f():\n" + body * 61) == [
         "a.py:1: f has 61 lines, the limit is 60"
     ]
+    kernel = "@triton.jit\ndef f():\n"
+    assert oversized("a.py", kernel + body * 150) == []
+    assert oversized("a.py", kernel + body * 151) == ["a.py:2: f has 151 lines, the limit is 150"]
     assert oversized("a.cpp", "//\n" * 400) == []
     assert oversized("a.cpp", "//\n" * 401) == ["a.cpp: 401 lines, the limit is 400"]

@@ -144,6 +144,35 @@ Sorted sort_by_decreasing_length(const int32_t* lengths, int64_t num_documents, 
   return {std::move(documents), std::move(cursor)};
 }
 
+template <typename T>
+void check_permutation(const T* values, int64_t size, const char* name) {
+  std::vector<bool> seen(static_cast<size_t>(size), false);
+  for (int64_t i = 0; i < size; ++i) {
+    if (values[i] < 0 || values[i] >= size || seen[values[i]]) {
+      throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] is " +
+                                  std::to_string(values[i]) + "; it must be a permutation of 0.." +
+                                  std::to_string(size - 1));
+    }
+    seen[values[i]] = true;
+  }
+}
+
+// Where documents of length l begin when they are sorted by length.
+std::vector<int64_t> begin_of_each_length(const int32_t* lengths, int64_t num_documents) {
+  if (num_documents == 0) return {};
+  const auto [shortest, longest] = std::minmax_element(lengths, lengths + num_documents);
+  if (*shortest < 0 || *longest > kMaxCapacity) {
+    throw std::invalid_argument("lengths go from " + std::to_string(*shortest) + " to " +
+                                std::to_string(*longest) + "; they must be in 0.." +
+                                std::to_string(kMaxCapacity));
+  }
+  std::vector<int64_t> begins(static_cast<size_t>(*longest) + 1, 0);
+  for (int64_t i = 0; i < num_documents; ++i) ++begins[lengths[i]];
+  int64_t begin = 0;
+  for (int64_t& count : begins) begin += std::exchange(count, begin);
+  return begins;
+}
+
 using Rank = std::vector<int32_t>;  // pack indices, heaviest first
 
 // The pair (place in heavy, place in light) whose exchange brings the two sums closest; first is -1 when
@@ -262,8 +291,42 @@ PackPlan pack_best_fit_decreasing(const int32_t* lengths, int64_t num_documents,
   std::partial_sum(plan.offsets.begin(), plan.offsets.end(), plan.offsets.begin());
   std::vector<int64_t> cursor(plan.offsets.begin(), plan.offsets.end() - 1);
   plan.order.resize(documents.size());
-  for (size_t i = 0; i < documents.size(); ++i) plan.order[cursor[pack_of[i]]++] = documents[i];
+  for (size_t i = 0; i < documents.size(); ++i) {
+    plan.order[cursor[pack_of[i]]++] = static_cast<int32_t>(documents[i]);
+  }
   return plan;
+}
+
+PackPlan redraw_packs(const int32_t* lengths, int64_t num_documents, const PlanView& plan,
+                      const int32_t* documents, const int64_t* packs) {
+  check_permutation(plan.order, num_documents, "order");
+  check_permutation(documents, num_documents, "documents");
+  check_permutation(packs, plan.num_packs, "packs");
+  if (plan.offsets[0] != 0 || plan.offsets[plan.num_packs] != num_documents ||
+      !std::is_sorted(plan.offsets, plan.offsets + plan.num_packs + 1)) {
+    throw std::invalid_argument("offsets must ascend from 0 to the number of documents");
+  }
+  std::vector<int64_t> begins = begin_of_each_length(lengths, num_documents);  // of its places in by_length
+  std::vector<int64_t> cursor = begins;
+  std::vector<int32_t> by_length(static_cast<size_t>(num_documents));
+  for (int64_t i = 0; i < num_documents; ++i) by_length[cursor[lengths[documents[i]]]++] = documents[i];
+
+  PackPlan redrawn;
+  redrawn.offsets.assign(1, 0);
+  std::vector<int64_t> moved_to(static_cast<size_t>(plan.num_packs));  // by old pack: where it begins now
+  for (int64_t i = 0; i < plan.num_packs; ++i) {
+    const int64_t pack = packs[i];
+    moved_to[pack] = redrawn.offsets.back();
+    redrawn.offsets.push_back(moved_to[pack] + plan.offsets[pack + 1] - plan.offsets[pack]);
+  }
+  redrawn.order.resize(by_length.size());
+  for (int64_t pack = 0; pack < plan.num_packs; ++pack) {
+    int64_t to = moved_to[pack];
+    for (int64_t i = plan.offsets[pack]; i < plan.offsets[pack + 1]; ++i) {
+      redrawn.order[to++] = by_length[begins[lengths[plan.order[i]]]++];
+    }
+  }
+  return redrawn;
 }
 
 std::vector<int32_t> balance_packs(const double* work, int64_t num_packs, int64_t ranks) {

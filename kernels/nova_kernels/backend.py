@@ -13,11 +13,12 @@ _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 
 
-def resolve(op: str, requested: str, available: Sequence[str]) -> str:
+def resolve(op: str, requested: str, available: Sequence[str], *, why: str = "") -> str:
     """The backend that runs `op`; an explicit request is never replaced by another backend.
 
     Args:     op: the public function's name, for messages. requested: "auto" or a backend's name.
               available: the backends that can run here and now, the preferred one first.
+              why: the rule that the inputs break for the backends left out, for the message.
     Returns:  the backend's name; each (op, backend) pair is logged once per process.
     Raises:   ValueError when the requested backend is not available here.
     """
@@ -29,6 +30,7 @@ def resolve(op: str, requested: str, available: Sequence[str]) -> str:
         here = ", ".join(available) or "none"
         raise ValueError(
             f"{op}: backend={requested!r} cannot run here; available for these inputs: {here}. "
+            f"{why + '. ' if why else ''}"
             f'Use backend="auto", or one of the available names.'
         )
     if (op, chosen) not in _announced:

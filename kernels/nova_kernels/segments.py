@@ -13,8 +13,9 @@ Legend: T packed tokens, S segments, I breaks (segments that hold a token), J br
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class SegmentIndex:
     break_I: torch.Tensor  # first token of each segment: the one before it is not its previous
     branch_J: torch.Tensor  # those of them that have a previous token: first tokens of branches
     branch_previous_J: torch.Tensor  # last prefix token of those branches; repeats for siblings
+    attention_tiles: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    """Tile lists that packed_attention has made of the table, by tile size, for all layers."""
 
     @property
     def num_tokens(self) -> int:
@@ -132,12 +135,12 @@ def validate_segments(segments_S4: torch.Tensor, T: int) -> HostSegments:
     """Checks the table's rules on the host and returns its rows as Python integers.
 
     Segments are contiguous and cover the pack; a branch's prefix range is the beginning of the
-    last trunk before it.   Raises: ValueError that names the row and the rule.
+    last trunk before it, the same for all branches of that trunk.   Raises: ValueError that names the row and the rule.
     """
     check_shape("segments_S4", segments_S4, ("S", 4))
     check_dtype("segments_S4", segments_S4, (torch.int32,))
     rows = tuple(tuple(row) for row in segments_S4.tolist())
-    at, trunk = 0, (0, 0)
+    at, trunk, prefix = 0, (0, 0), None
     for number, (start, end, prefix_start, prefix_end) in enumerate(rows):
         problem = None
         if start != at:
@@ -147,12 +150,16 @@ def validate_segments(segments_S4: torch.Tensor, T: int) -> HostSegments:
         elif prefix_start > prefix_end:
             problem = "a prefix range must not end before it starts"
         elif prefix_start == prefix_end:
-            trunk = (start, end)
+            trunk, prefix = (start, end), None
         elif prefix_start != trunk[0] or prefix_end > trunk[1]:
             problem = (
                 f"a branch's prefix must be the beginning of the last trunk before it, "
                 f"which is tokens {trunk[0]} to {trunk[1]}"
             )
+        elif prefix not in (None, prefix_end):
+            problem = f"all branches behind a trunk share one prefix, which ends at token {prefix}"
+        else:
+            prefix = prefix_end
         if problem:
             raise ValueError(
                 f"segments_S4 row {number} is {[start, end, prefix_start, prefix_end]}: {problem}. "

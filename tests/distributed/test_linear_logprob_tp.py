@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nova_kernels import linear_dpo_loss, linear_logprob
+from nova_kernels.backend import triton_runs_on
 from nova_kernels.testing import run_ranks, seeded_normal
 
 T, D, VOCAB_SIZE = 70, 24, 1001
@@ -32,6 +33,14 @@ CASES = [  # rows, columns of padding behind the vocabulary, options, plan
     (63, 1100, OPTIONS[2], "store"),  # whole shards of padding, and one that has some
     (63, 1100, OPTIONS[2], "recompute"),
     (0, 0, OPTIONS[2], "recompute"),
+]
+TRITON_CASES = [  # in Triton's interpreter, which is slow
+    (63, 0, {}, "recompute"),
+    (63, 0, OPTIONS[1], "store"),
+    (63, 1100, OPTIONS[2], "store"),
+    (63, 1100, OPTIONS[2], "recompute"),
+    (1, 1100, {}, "store"),
+    (0, 0, {}, "recompute"),
 ]
 
 
@@ -67,21 +76,27 @@ def padded_columns(world_size: int, padding: int) -> int:
     return -(-(VOCAB_SIZE + padding) // world_size) * world_size
 
 
+def triton_rank(rank: int) -> list[list[Tensor]]:
+    return logprob_rank(rank, torch.float32, TRITON_CASES, backend="triton")
+
+
 def rank_main(rank: int) -> tuple[dict, dict]:
     return (
-        {dtype: logprob_rank(rank, dtype) for dtype in TOLERANCES},
+        {dtype: logprob_rank(rank, dtype, CASES) for dtype in TOLERANCES},
         {R: dpo_rank(rank, R) for R in (0, 63)},
     )
 
 
-def logprob_rank(rank: int, dtype: torch.dtype) -> list[list[Tensor]]:
+def logprob_rank(
+    rank: int, dtype: torch.dtype, given: list, backend: str = "auto"
+) -> list[list[Tensor]]:
     world_size = dist.get_world_size()
     results = []
-    for R, padding, options, plan in CASES:
+    for R, padding, options, plan in given:
         columns = padded_columns(world_size, padding)
         shard = slice(rank * columns // world_size, (rank + 1) * columns // world_size)
         inputs = make_inputs(R, columns, dtype)
-        call = options | {"tp_group": dist.group.WORLD, "plan": plan}
+        call = options | {"tp_group": dist.group.WORLD, "plan": plan, "backend": backend}
         results.append(run_case(inputs, shard, **call))
         again = run_case(inputs, shard, **call)
         assert all(torch.equal(one, other) for one, other in zip(results[-1], again, strict=True))
@@ -113,13 +128,23 @@ def dpo_rank(rank: int, R: int) -> tuple[Tensor, ...]:
 def test_ranks_agree_with_one_rank(world_size: int) -> None:
     by_rank = run_ranks(rank_main, world_size, timeout_s=180.0)
     for dtype in TOLERANCES:
-        check_logprob([logprobs[dtype] for logprobs, _ in by_rank], dtype)
+        check_logprob([logprobs[dtype] for logprobs, _ in by_rank], dtype, CASES)
     for R in (0, 63):
         check_dpo([losses[R] for _, losses in by_rank], R)
 
 
-def check_logprob(by_rank: list[list[list[Tensor]]], dtype: torch.dtype) -> None:
-    for index, (R, padding, options, plan) in enumerate(CASES):
+@pytest.mark.skipif(
+    not triton_runs_on(torch.device("cpu")), reason="Triton is not installed, or a GPU runs it"
+)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_triton_ranks_agree_with_one_rank(world_size: int) -> None:
+    """With the reference on one rank; the collectives are the reference's own code."""
+    by_rank = run_ranks(triton_rank, world_size, timeout_s=300.0)
+    check_logprob(by_rank, torch.float32, TRITON_CASES)
+
+
+def check_logprob(by_rank: list[list[list[Tensor]]], dtype: torch.dtype, given: list) -> None:
+    for index, (R, padding, options, plan) in enumerate(given):
         columns = padded_columns(len(by_rank), padding)
         alone = run_case(make_inputs(R, columns, dtype), slice(None), plan=plan, **options)
         ranks = [results[index] for results in by_rank]

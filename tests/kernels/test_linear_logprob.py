@@ -5,9 +5,10 @@ Legend: T packed tokens, R response rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,128 +17,43 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nova_kernels import linear_logprob
-from nova_kernels.linear_logprob.reference import Options
-from nova_kernels.testing import assert_close_to, poison, seeded_normal
+from nova_kernels.linear_logprob import reference
+from nova_kernels.linear_logprob.state import Options
+from nova_kernels.testing import seeded_normal
 
-PLANS = ("recompute", "store")
-
-
-class Case(NamedTuple):
-    hidden_TD: Tensor
-    weight_VD: Tensor
-    row_R: Tensor
-    target_R: Tensor
-    upstream_3R: Tensor  # of logp, entropy, max_logit
-
-
-def make_case(
-    R: int, V: int, *, D: int = 16, T: int = 80, seed: int = 0, ignored: float = 0.1
-) -> Case:
-    """Unsorted, repeated rows; some targets ignored; logits of a few units."""
-    generator = torch.Generator().manual_seed(seed)
-    target_R = torch.randint(0, V, (R,), generator=generator)
-    target_R[torch.rand(R, generator=generator) < ignored] = -100
-    return Case(
-        seeded_normal(T, D, seed=seed),
-        seeded_normal(V, D, seed=seed + 1),
-        torch.randint(0, T, (R,), generator=generator),
-        target_R,
-        seeded_normal(3, R, seed=seed + 2),
-    )
-
-
-def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that collects its own gradient."""
-    return tensor.detach().to(dtype, copy=True).requires_grad_()
-
-
-def dense(case: Case, dtype: torch.dtype, **options) -> list[Tensor]:
-    """Plain torch: (logp, entropy, max_logit, dhidden, dweight), all logits in memory."""
-    hidden_TD, weight_VD = leaf(case.hidden_TD, dtype), leaf(case.weight_VD, dtype)
-    used_VD = F.normalize(weight_VD, dim=1) if options.get("normalize_weight") else weight_VD
-    logits_RV = (hidden_TD[case.row_R] @ used_VD.t()) / options.get("temperature", 1.0)
-    logits_RV = logits_RV[:, : options.get("vocab_size")]
-    ignored_R = case.target_R == -100
-    full_RV = torch.log_softmax(logits_RV, dim=1)
-    logp_R = full_RV.gather(1, case.target_R.clamp(min=0)[:, None])[:, 0]
-    outputs = [
-        torch.where(ignored_R, 0.0, value_R)
-        for value_R in (logp_R, -(full_RV.exp() * full_RV).sum(1), logits_RV.amax(1))
-    ]
-    wanted = [True, options.get("return_entropy", False), options.get("return_max_logit", False)]
-    loss = sum(
-        (g * out).sum()
-        for g, out, use in zip(case.upstream_3R, outputs, wanted, strict=True)
-        if use
-    )
-    loss.backward()
-    gradients = [hidden_TD.grad, weight_VD.grad]
-    return [out.detach() for out, use in zip(outputs, wanted, strict=True) if use] + gradients
-
-
-def ours(case: Case, dtype: torch.dtype, **options) -> list[Tensor]:
-    hidden_TD, weight_VD = leaf(case.hidden_TD, dtype), leaf(case.weight_VD, dtype)
-    with poison():
-        result = linear_logprob(hidden_TD, weight_VD, case.row_R, case.target_R, **options)
-        outputs = [out for out in result if out is not None]
-        wanted = [out is not None for out in result]
-        upstream = [g for g, use in zip(case.upstream_3R, wanted, strict=True) if use]
-        torch.autograd.backward(outputs, [g.to(outputs[0].dtype) for g in upstream])
-    return [out.detach() for out in outputs] + [hidden_TD.grad, weight_VD.grad]
-
-
-def check(case: Case, dtype: torch.dtype, *, call: dict | None = None, **options) -> None:
-    """`call` holds options that must not change the result."""
-    check_calls(case, dtype, [call or {}], **options)
-
-
-def check_calls(case: Case, dtype: torch.dtype, calls: list[dict], **options) -> None:
-    rounded = case._replace(  # so that all start from the same numbers
-        hidden_TD=case.hidden_TD.to(dtype), weight_VD=case.weight_VD.to(dtype)
-    )
-    wide = [t.double() for t in dense(rounded, torch.float64, **options)]
-    plain = dense(rounded, dtype, **options)
-    names = ["logp"] + [n for n in ("entropy", "max_logit") if options.get(f"return_{n}")]
-    names += ["dhidden", "dweight"]
-    for call in calls:
-        got = ours(rounded, dtype, **options, **call)
-        for name, *tensors in zip(names, wide, got, plain, strict=True):
-            assert_close_to(*tensors, what=f"{name} of {call}")
+spec = importlib.util.spec_from_file_location(
+    "linear_logprob_cases", Path(__file__).with_name("linear_logprob_cases.py")
+)
+assert spec is not None and spec.loader is not None
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+OPTIONS, PLANS = cases.OPTIONS, cases.PLANS
+make_case, leaf, ours, check, check_calls = (
+    cases.make_case,
+    cases.leaf,
+    cases.ours,
+    cases.check,
+    cases.check_calls,
+)
 
 
 @pytest.fixture
 def narrow_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four columns per wave, so that tiny problems have many."""
 
-    def waves(self: Options, x_RD: Tensor) -> list[tuple[int, int]]:
-        steps = range(0, self.num_columns if len(x_RD) else 0, 4)
-        return [(start, min(start + 4, self.num_columns)) for start in steps]
+    def waves(x_RD: Tensor, options: Options) -> list[tuple[int, int]]:
+        steps = range(0, options.num_columns if len(x_RD) else 0, 4)
+        return [(start, min(start + 4, options.num_columns)) for start in steps]
 
-    monkeypatch.setattr(Options, "waves", waves)
+    monkeypatch.setattr(reference, "column_waves", waves)
 
 
 @pytest.mark.parametrize("V", [1000, 32003])
-@pytest.mark.parametrize("R", [0, 1, 63, 500])
+@pytest.mark.parametrize("R", [0, 1, 63, 1000])
 def test_fp32_values_and_gradients(R: int, V: int) -> None:
-    """One MiB means 66 waves at the largest size, 256 MiB one."""
+    """One MiB means 126 waves at the largest size, 256 MiB one."""
     calls = [{"plan": "recompute", "workspace_mib": 1}, {"plan": "store", "workspace_mib": 256}]
     check_calls(make_case(R, V), torch.float32, calls)
-
-
-OPTIONS = [
-    {"normalize_weight": True},
-    {"temperature": 0.7},
-    {"vocab_size": 900},
-    {"return_entropy": True},
-    {"return_max_logit": True},
-    {
-        "normalize_weight": True,
-        "temperature": 1.9,
-        "vocab_size": 777,
-        "return_entropy": True,
-        "return_max_logit": True,
-    },
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,6 +134,12 @@ def test_all_rows_ignored(plan: str) -> None:
     options = {"return_entropy": True, "return_max_logit": True}
     for tensor in ours(case, torch.float32, plan=plan, **options):
         assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("block", [(0, 8), (150, 158), (292, 300)])
+def test_a_block_of_minus_infinity(block: tuple[int, int], plan: str, narrow_waves: None) -> None:
+    cases.check_infinite_block(*block, backend="reference", plan=plan)
 
 
 @pytest.mark.parametrize("plan", PLANS)

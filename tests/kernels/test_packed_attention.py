@@ -1,6 +1,7 @@
 """packed_attention: the blocked CPU path against the dense definition in fp64, and sharing."""
 
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from nova_kernels import packed_attention
+from nova_kernels import _C, packed_attention
+from nova_kernels.backend import triton_runs_on
 from nova_kernels.packed_attention import reference
 from nova_kernels.packed_attention.reference import attention_mask, dense_attention
 from nova_kernels.segments import segment_ids, segment_index
@@ -197,6 +199,115 @@ def test_inputs_may_be_slices_of_a_fused_projection():
     assert_equal_to_rounding(
         run(packed(segments), *sliced, wide_dout), run(packed(segments), q, k, v, dout)
     )
+
+
+@pytest.fixture
+def small_triton_tiles(monkeypatch):
+    """Tiles of a few tokens, so that a small pack has all kinds of them."""
+    if not triton_runs_on(torch.device("cpu")):
+        pytest.skip("Triton is not installed, or a GPU runs it")
+    triton_path = importlib.import_module("nova_kernels.packed_attention._triton")
+    tile = functools.partial(triton_path.Tile, warps=4, stages=2)
+    small = triton_path.Tiles(fwd=tile(32, 16), dq=tile(32, 16), dkv=tile(16, 32))
+    unpacked = triton_path.Tiles(
+        fwd=tile(16, 16, pack=False), dq=tile(16, 32, pack=False), dkv=tile(16, 16, pack=False)
+    )
+    monkeypatch.setattr(triton_path, "TILES", {64: small, 128: small, 256: unpacked})
+
+
+TRITON_SHAPES = [(4, 4, 64), (8, 2, 64), (6, 2, 32), (4, 1, 96), (2, 1, 192)]
+
+
+@pytest.mark.parametrize("shape", TRITON_SHAPES)
+def test_triton_matches_the_dense_mask(small_triton_tiles, shape):
+    """Whole, diagonal and overhanging tiles, in trunks and behind prefixes; scratch and padding poisoned."""
+    N, K, H = shape
+    segments = segment_table([(37, [3, 40, 1]), (0, [5, 1]), (16, [20, 17])], padding=9)
+    args = inputs(int(segments[-1, 1]), N, K, H, torch.float32)
+    dirty = [x.detach().clone() for x in args]
+    for x in dirty[:3]:
+        x[-9:] = float("nan")
+    dirty = [x.requires_grad_() for x in dirty[:3]] + dirty[3:]
+    exact = run(dense(segments), *[x.detach().double().requires_grad_() for x in args[:3]],
+                args[3].double())  # fmt: skip
+    with poison():
+        got = run(packed(segments, backend="triton"), *dirty)
+    plain = run(dense(segments), *args)
+    for name, wide, ours, same in zip(("out", "dq", "dk", "dv"), exact, got, plain, strict=True):
+        assert_close_to(wide[:-9], ours[:-9], same[:-9], what=name)
+
+
+def test_triton_is_bit_identical_and_returns_the_log_sum_exp(small_triton_tiles):
+    segments = segment_table([(20, [9, 30])], padding=0)
+    args = inputs(59, 4, 2, 64, torch.float16)
+    first, again = (run(packed(segments, backend="triton"), *args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    options = {"return_lse": True, "softmax_scale": 0.3}
+    _, lse = packed_attention(*args[:3], segments, backend="triton", **options)
+    _, expected = packed_attention(*[x.double() for x in args[:3]], segments, **options)
+    assert max_error(expected, lse) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 8, 128), (48, 48, 128), (12, 4, 128), (16, 4, 64), (8, 8, 96), (8, 2, 192), (8, 1, 256)],
+)
+def test_triton_on_a_gpu(shape, dtype):
+    """Training shapes: short documents with branches, and one segment that fills the pack."""
+    for segments in (
+        random_segments(np.random.default_rng(0), 4095, max_prefix=300, max_response=200),
+        segment_table([(1500, [100] * 12)], padding=1395),
+        segment_table([], 4095),
+    ):
+        args = [x.detach().cuda() for x in inputs(4095, *shape, dtype)]
+        args = [x.requires_grad_() for x in args[:3]] + args[3:]
+        options = {"schedule": segment_index(segments, 4095).to("cuda")}
+        with poison():
+            got, again = (run(packed(segments, backend="triton", **options), *args) for _ in "12")
+        wide = [x.detach().double().requires_grad_() for x in args[:3]] + [args[3].double()]
+        exact = run(packed(segments, backend="reference", **options), *wide)
+        plain = run(packed(segments, backend="reference", **options), *args)
+        for name, *values in zip(("out", "dq", "dk", "dv"), exact, got, plain, strict=True):
+            # P and dS are rounded to the input's dtype for their products, as in every flash kernel.
+            slack = 4 * torch.finfo(dtype).eps * float(values[0].abs().max())
+            assert_close_to(*values, slack=slack, what=name)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@given(docs=documents, padding=st.integers(0, 9), rows=st.sampled_from([1, 2, 4, 64]))
+@settings(deadline=None, max_examples=60)
+def test_tiles_hold_every_allowed_pair_once(docs, padding, rows):
+    """Of the work lists: queries of a tile share their keys, and keys of a tile their branches."""
+    segments = segment_table(docs, padding)
+    T = padding + sum(prefix + sum(responses) for prefix, responses in docs)
+    queries, keys = _C.attention_tiles(segments.numpy(), rows, 3)
+    mask = attention_mask(segments, T).int()
+    by_query, by_key = torch.zeros_like(mask), torch.zeros_like(mask)
+    token = torch.arange(T)
+    for q0, q1, own, prefix0, prefix1 in queries.tolist():
+        assert 0 < q1 - q0 <= rows
+        by_query[q0:q1, prefix0:prefix1] += 1
+        by_query[q0:q1, own:q1] += (token[own:q1] <= token[q0:q1, None]).int()
+    for k0, k1, own_end, branch0, branch1 in keys.tolist():
+        assert 0 < k1 - k0 <= 3
+        by_key[k0:own_end, k0:k1] += (token[k0:k1] <= token[k0:own_end, None]).int()
+        by_key[branch0:branch1, k0:k1] += 1
+    assert torch.equal(by_query, mask) and torch.equal(by_key, mask)
+    for tiles, work in (
+        (queries, lambda t: t[1] - t[2] + t[4] - t[3]),
+        (keys, lambda t: t[2] - t[0] + t[4] - t[3]),
+    ):
+        order = [work(t) // min(rows, 3) for t in tiles.tolist()]
+        assert order == sorted(order, reverse=True)
+
+
+def test_tiles_of_a_table_that_is_none():
+    with pytest.raises(ValueError, match="int32"):
+        _C.attention_tiles(np.zeros((2, 4), np.int64), 8, 8)
+    with pytest.raises(ValueError, match="1 or more"):
+        _C.attention_tiles(np.zeros((1, 4), np.int32), 0, 8)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Legend: T packed tokens, R response rows, D hidden, V vocabulary columns of this
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nova_kernels.backend import resolve
+from nova_kernels.backend import resolve, triton_runs_on
 from nova_kernels.checks import check_dtype, check_same_device, check_shape
 from nova_kernels.linear_logprob import reference
-from nova_kernels.linear_logprob.reference import Options, RowGradients, RowState
+from nova_kernels.linear_logprob.state import (
+    IGNORE_TARGET,
+    Inputs,
+    Options,
+    RowGradients,
+    RowState,
+    outputs,
+)
 
 __all__ = ["IGNORE_TARGET", "LinearLogprob", "linear_logprob"]
 
-IGNORE_TARGET = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLANS = ("auto", "recompute", "store")
 
@@ -76,7 +83,6 @@ def linear_logprob(
     Raises:   ValueError for shapes, dtypes, devices, options; for values in row_R and target_R on a
               CPU only: on a GPU that would stop the stream, and a target out of range gives -inf.
     """
-    resolve("linear_logprob", backend, ("reference",))
     _check_tensors(hidden_TD, weight_VD, row_R, target_R)
     num_ranks = 1 if tp_group is None else tp_group.size()
     vocab_size = weight_VD.shape[0] * num_ranks if vocab_size is None else vocab_size
@@ -95,17 +101,49 @@ def linear_logprob(
         workspace_bytes=workspace_mib << 20,
         group=tp_group if num_ranks > 1 else None,
     )
+    inputs = Inputs(hidden_TD, weight_VD, row_R, target_R)
+    implementation = _implementation(inputs, backend)
     if needs_grad:
-        store = _stores(plan, hidden_TD, weight_VD, row_R, options.workspace_bytes)
-        parts = _LinearLogprob.apply(hidden_TD, weight_VD, row_R, target_R, options, store)
-        logp_R, entropy_R, max_logit_R = parts
+        fits = implementation.stored_bytes(inputs) <= options.workspace_bytes
+        store = plan == "store" or (plan == "auto" and fits)
+        logp_R, entropy_R, max_logit_R = _LinearLogprob.apply(
+            *inputs, implementation, options, store
+        )
     else:
-        ignored_R, x_RD = _gather(hidden_TD, row_R, target_R)
-        state, _ = reference.forward(x_RD, weight_VD, target_R, options, store=False)
-        logp_R, entropy_R, max_logit_R = reference.outputs(state, ignored_R)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            state, _ = implementation.forward(inputs, options, store=False)
+        logp_R, entropy_R, max_logit_R = outputs(state, inputs.ignored_R)
     return LinearLogprob(
         logp_R, entropy_R if return_entropy else None, max_logit_R if return_max_logit else None
     )
+
+
+def _implementation(inputs: Inputs, backend: str) -> ModuleType:
+    """The module whose forward and backward run; "auto" is the reference until Triton is proven."""
+    broken = _broken_triton_rule(inputs)
+    available = ("reference",) if broken else ("reference", "triton")
+    if resolve("linear_logprob", backend, available, why=broken) == "reference":
+        return reference
+    from nova_kernels.linear_logprob import _triton  # needs triton
+
+    return _triton
+
+
+def _broken_triton_rule(inputs: Inputs) -> str:
+    """The rule of the Triton kernels that these inputs break, or an empty string."""
+    hidden_TD, weight_VD = inputs.hidden_TD, inputs.weight_VD
+    if not triton_runs_on(hidden_TD.device):
+        return "triton needs a CUDA device, or TRITON_INTERPRET=1, and its package"
+    if hidden_TD.is_cuda and torch.cuda.get_device_capability(hidden_TD.device) < (9, 0):
+        return "triton needs a GPU with a tensor memory accelerator (Hopper or newer)"
+    if hidden_TD.dtype != weight_VD.dtype or hidden_TD.dtype == torch.float64:
+        return "triton needs hidden_TD and weight_VD both in bf16, fp16 or fp32"
+    if not (hidden_TD.is_contiguous() and weight_VD.is_contiguous()):
+        return "triton needs hidden_TD and weight_VD contiguous"
+    starts = (hidden_TD.data_ptr(), weight_VD.data_ptr(), hidden_TD[:1].nbytes)
+    if any(start % 16 for start in starts):
+        return "triton needs rows of hidden_TD and weight_VD that start at multiples of 16 bytes"
+    return ""
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -116,27 +154,26 @@ class _LinearLogprob(torch.autograd.Function):
         weight_VD: Tensor,
         row_R: Tensor,
         target_R: Tensor,
+        implementation: ModuleType,
         options: Options,
         store: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        ignored_R, x_RD = _gather(hidden_TD, row_R, target_R)
-        state, stored_RV = reference.forward(x_RD, weight_VD, target_R, options, store=store)
-        ctx.save_for_backward(x_RD, weight_VD, row_R, target_R, stored_RV, *state)
-        ctx.options = options
-        ctx.hidden_shape, ctx.hidden_dtype = hidden_TD.shape, hidden_TD.dtype
+        inputs = Inputs(hidden_TD, weight_VD, row_R, target_R)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            state, stored = implementation.forward(inputs, options, store=store)
+        ctx.save_for_backward(*inputs, *state, *stored)
+        ctx.implementation, ctx.options = implementation, options
         ctx.set_materialize_grads(False)  # an unused output then costs nothing in backward
-        return reference.outputs(state, ignored_R)
+        return outputs(state, inputs.ignored_R)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable's type)
         ctx: Any, *douts: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x_RD, weight_VD, row_R, target_R, stored_RV, *parts = ctx.saved_tensors
-        state = RowState(*parts)
-        if stored_RV is not None:
-            stored_RV = stored_RV.data  # written and restored, which is no new version to autograd
-        ignored_R = target_R == IGNORE_TARGET
+        saved = ctx.saved_tensors
+        inputs, state, stored = Inputs(*saved[:4]), RowState(*saved[4:9]), saved[9:]
+        ignored_R = inputs.ignored_R
 
         def of_counted_rows(gradient_R: Tensor | None) -> Tensor | None:
             return None if gradient_R is None else gradient_R.masked_fill(ignored_R, 0.0)
@@ -148,37 +185,17 @@ class _LinearLogprob(torch.autograd.Function):
             of_counted_rows(dentropy_R),
             of_counted_rows(dmax_logit_R),
         )
-        dx_RD, dweight_VD = reference.backward(
-            x_RD,
-            weight_VD,
-            target_R,
-            state,
-            stored_RV,
-            gradients,
-            options=ctx.options,
-            needs_dx=ctx.needs_input_grad[0],
-            needs_dweight=ctx.needs_input_grad[1],
-        )
-        dhidden_TD = None
-        if dx_RD is not None:
-            dhidden_TD = reference.scatter_rows(dx_RD, row_R, ctx.hidden_shape[0])
-            dhidden_TD = dhidden_TD.to(ctx.hidden_dtype)
-        return dhidden_TD, dweight_VD, None, None, None, None
-
-
-def _gather(hidden_TD: Tensor, row_R: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(ignored_R, x_RD): the rows; ignored ones are zeros, so that a NaN in padding stays there."""
-    ignored_R = target_R == IGNORE_TARGET
-    x_RD = hidden_TD.index_select(0, row_R).masked_fill_(ignored_R[:, None], 0.0)
-    return ignored_R, x_RD
-
-
-def _stores(
-    plan: str, hidden_TD: Tensor, weight_VD: Tensor, row_R: Tensor, workspace_bytes: int
-) -> bool:
-    itemsize = reference.compute_dtype(hidden_TD, weight_VD).itemsize
-    fits = row_R.shape[0] * weight_VD.shape[0] * itemsize <= workspace_bytes
-    return plan == "store" or (plan == "auto" and fits)
+        with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
+            dhidden_TD, dweight_VD = ctx.implementation.backward(
+                inputs,
+                state,
+                stored,
+                gradients,
+                ctx.options,
+                needs_dhidden=ctx.needs_input_grad[0],
+                needs_dweight=ctx.needs_input_grad[1],
+            )
+        return dhidden_TD, dweight_VD, None, None, None, None, None
 
 
 def _check_tensors(hidden_TD: Tensor, weight_VD: Tensor, row_R: Tensor, target_R: Tensor) -> None:

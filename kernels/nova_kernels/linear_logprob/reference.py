@@ -5,135 +5,107 @@ one GEMM and only the small (R, D) gradient accumulates. Columns beyond `vocab_s
 multiplied, which is what a logit of -inf means.
 
 Legend: T packed tokens, R response rows, D hidden, V vocabulary columns of this rank,
-        W columns of one wave, K disjoint sets of columns, C values per row and set.
+        W columns of one wave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+from nova_kernels.linear_logprob.state import (
+    NORM_EPS,
+    Inputs,
+    Options,
+    RowGradients,
+    RowState,
+    empty_state,
+    merge,
+    merge_over_ranks,
+    present,
+    stacked,
+)
+
 MIN_WAVE = 64  # columns; fewer make no GEMM
 
 
-@dataclass(frozen=True)
-class Options:
-    """The values of one call that are no tensors."""
-
-    first_column: int  # global index of this rank's first column
-    num_columns: int  # valid columns of this rank; those behind count as -inf
-    normalize: bool
-    temperature: float
-    with_entropy: bool
-    with_argmax: bool
-    workspace_bytes: int
-    group: dist.ProcessGroup | None
-
-    def waves(self, x_RD: Tensor) -> list[tuple[int, int]]:
-        """Column ranges whose (R, W) block, and the (W, D) copies beside it, fit the workspace.
-
-        As wide as that allows, also on a CPU: blocks of cache size made no step faster there.
-        """
-        num_rows, hidden = x_RD.shape
-        if num_rows == 0:
-            return []
-        width = self.workspace_bytes // (x_RD.element_size() * (num_rows + 2 * hidden))
-        width = max(width, MIN_WAVE)
-        return [
-            (start, min(start + width, self.num_columns))
-            for start in range(0, self.num_columns, width)
-        ]
-
-
-class RowState(NamedTuple):
-    """Softmax state of each row over some columns; states of disjoint columns merge."""
-
-    max_R: Tensor
-    sum_R: Tensor  # sum of e = exp(z - max)
-    target_R: Tensor  # the target's logit; -inf where the target is not among the columns
-    moment_R: Tensor | None  # sum of e * (z - max), for the entropy
-    argmax_R: (
-        Tensor | None
-    )  # global column of the maximum (exact: V < 2^24), the first one if several
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(inputs: Inputs) -> torch.dtype:
     """fp64 if any input is fp64, else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    dtypes = (inputs.hidden_TD.dtype, inputs.weight_VD.dtype)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def stored_bytes(inputs: Inputs) -> int:
+    """What plan "store" keeps until backward."""
+    return len(inputs.row_R) * len(inputs.weight_VD) * compute_dtype(inputs).itemsize
+
+
+def column_waves(x_RD: Tensor, options: Options) -> list[tuple[int, int]]:
+    """Column ranges whose (R, W) block, and the (W, D) copies beside it, fit the workspace.
+
+    As wide as that allows, also on a CPU: blocks of cache size made no step faster there.
+    """
+    num_rows, hidden = x_RD.shape
+    if num_rows == 0:
+        return []
+    width = options.workspace_bytes // (x_RD.element_size() * (num_rows + 2 * hidden))
+    width = max(width, MIN_WAVE)
+    return [
+        (start, min(start + width, options.num_columns))
+        for start in range(0, options.num_columns, width)
+    ]
 
 
 def forward(
-    x_RD: Tensor, weight_VD: Tensor, target_R: Tensor, options: Options, *, store: bool
-) -> tuple[RowState, Tensor | None]:
+    inputs: Inputs, options: Options, *, store: bool
+) -> tuple[RowState, tuple[Tensor, ...]]:
     """Each row's state over the whole vocabulary; if `store`, exp(z - max) of our columns."""
-    x_RD = _scaled(x_RD, weight_VD, options)
-    waves = options.waves(x_RD)
+    x_RD = _scaled_rows(inputs, options)
+    waves = column_waves(x_RD, options)
     width = (
         options.num_columns if store else max((stop - start for start, stop in waves), default=0)
     )
     block_RW = torch.empty(x_RD.shape[0], width, dtype=x_RD.dtype, device=x_RD.device)
     states = []
     for start, stop in waves:
-        weight_WD, _ = _weight_block(weight_VD, start, stop, x_RD.dtype, options.normalize)
+        weight_WD, _ = _weight_block(inputs.weight_VD, start, stop, x_RD.dtype, options.normalize)
         z_RW = block_RW[:, start:stop] if store else block_RW[:, : stop - start]
         torch.mm(x_RD, weight_WD.t(), out=z_RW)
-        states.append(_fold(z_RW, target_R, options.first_column + start, options))
-    total = _merge(states) if states else _empty_state(x_RD, options)
+        states.append(_fold(z_RW, inputs.target_R, options.first_column + start, options))
+    total = merge(stacked(states)) if states else empty_state(len(x_RD), x_RD, options)
     if options.group is not None:
-        total = _merge_over_ranks(total, options.group)  # now over the whole vocabulary
+        total = merge_over_ranks(total, options.group)  # now over the whole vocabulary
     if not store:
-        return total, None
+        return total, ()
     if len(waves) > 1 or options.group is not None:
         for (start, stop), state in zip(waves, states, strict=True):
             block_RW[:, start:stop].mul_((state.max_R - total.max_R).exp_()[:, None])
-    return total, block_RW
-
-
-def outputs(state: RowState, ignored_R: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logp_R, entropy_R, max_logit_R) of a whole-vocabulary state; 0 in ignored rows."""
-    log_sum_R = state.sum_R.log()
-    # In this order: max and target may be huge, their difference small. sum >= 1, so logp <= 0.
-    logp_R = (state.target_R - state.max_R - log_sum_R).masked_fill_(ignored_R, 0.0)
-    entropy_R = None
-    if state.moment_R is not None:
-        entropy_R = log_sum_R - state.moment_R / state.sum_R
-        entropy_R = entropy_R.clamp_(min=0.0).masked_fill_(ignored_R, 0.0)
-    return logp_R, entropy_R, state.max_R.masked_fill(ignored_R, 0.0)
-
-
-class RowGradients(NamedTuple):
-    """Upstream gradients per row; None where an output was not used."""
-
-    dlogp_R: Tensor
-    dentropy_R: Tensor | None
-    dmax_logit_R: Tensor | None
+    return total, (block_RW,)
 
 
 def backward(
-    x_RD: Tensor,
-    weight_VD: Tensor,
-    target_R: Tensor,
+    inputs: Inputs,
     state: RowState,
-    stored_RV: Tensor | None,
+    stored: tuple[Tensor, ...],
     gradients: RowGradients,
-    *,
     options: Options,
-    needs_dx: bool,
+    *,
+    needs_dhidden: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx_RD in the compute dtype, summed over the group; dweight_VD in the weight's dtype)."""
-    x_RD = _scaled(x_RD, weight_VD, options)
+    """(dhidden_TD summed over the group, dweight_VD), each in its input's dtype."""
+    weight_VD, target_R = inputs.weight_VD, inputs.target_R
+    x_RD = _scaled_rows(inputs, options)
+    # Written and restored, which is no new version to autograd.
+    stored_RV = stored[0].data if stored else None
     only_logp = gradients.dentropy_R is None and gradients.dmax_logit_R is None
     # For logp alone dz = scale * (e - sum * onehot): scale rows of x and of dx, never the block.
     scale_R = -gradients.dlogp_R / state.sum_R if only_logp else None
     left_RD = x_RD if scale_R is None else x_RD * scale_R[:, None]
-    dx_RD = torch.zeros_like(x_RD) if needs_dx else None
+    dx_RD = torch.zeros_like(x_RD) if needs_dhidden else None
     dweight_VD = torch.empty_like(weight_VD) if needs_dweight else None
     if dweight_VD is not None:  # without rows there are no waves that would fill it
         dweight_VD[options.num_columns if len(x_RD) else 0 :].zero_()
@@ -161,22 +133,22 @@ def backward(
         dx_RD.div_(options.temperature)
     if options.group is not None and len(dx_RD):
         dist.all_reduce(dx_RD, group=options.group)  # now summed over the whole vocabulary
-    return dx_RD, dweight_VD
+    return _scatter_rows(dx_RD, inputs), dweight_VD
 
 
-def scatter_rows(dx_RD: Tensor, row_R: Tensor, num_tokens: int) -> Tensor:
+def _scatter_rows(dx_RD: Tensor, inputs: Inputs) -> Tensor:
     """Sums rows into their tokens (T, D), deterministically; a row may occur several times."""
-    dhidden_TD = dx_RD.new_zeros(num_tokens, dx_RD.shape[1])
+    dhidden_TD = dx_RD.new_zeros(inputs.hidden_TD.shape)
     if dx_RD.is_cuda:  # index_add_ is atomic there, index_put_ sorts
-        return dhidden_TD.index_put_((row_R,), dx_RD, accumulate=True)
-    return dhidden_TD.index_add_(
-        0, row_R, dx_RD
-    )  # on a CPU in order, and 14x faster than index_put_
+        dhidden_TD.index_put_((inputs.row_R,), dx_RD, accumulate=True)
+    else:  # in order, and 14x faster than index_put_
+        dhidden_TD.index_add_(0, inputs.row_R, dx_RD)
+    return dhidden_TD.to(inputs.hidden_TD.dtype)
 
 
-def _scaled(x_RD: Tensor, weight_VD: Tensor, options: Options) -> Tensor:
-    """x / temperature in the compute dtype; x itself when that changes nothing."""
-    x_RD = x_RD.to(compute_dtype(x_RD, weight_VD))
+def _scaled_rows(inputs: Inputs, options: Options) -> Tensor:
+    """The gathered rows / temperature, in the compute dtype."""
+    x_RD = inputs.gathered().to(compute_dtype(inputs))
     return x_RD if options.temperature == 1.0 else x_RD / options.temperature
 
 
@@ -195,7 +167,7 @@ def _exp_blocks(
     x_RD: Tensor, weight_VD: Tensor, state: RowState, stored_RV: Tensor | None, options: Options
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
     """Per wave: exp(z - max), stored or recomputed; weight block, its 1 / norm; first column."""
-    waves = options.waves(x_RD)
+    waves = column_waves(x_RD, options)
     width = max((stop - start for start, stop in waves), default=0)
     scratch_RW = None if stored_RV is not None else x_RD.new_empty(len(x_RD), width)
     for start, stop in waves:
@@ -223,7 +195,8 @@ def _fold(z_RW: Tensor, target_R: Tensor, first_column: int, options: Options) -
     local_R = target_R - first_column
     logit_R = z_RW.gather(1, _clamped(local_R, z_RW))[:, 0]
     logit_R = logit_R.masked_fill_(~_inside(local_R, z_RW), -torch.inf)
-    z_RW.sub_(max_R[:, None])
+    # In a block of -inf alone the differences would be NaN; its sum must be 0.
+    z_RW.sub_(max_R.masked_fill(max_R == -torch.inf, 0.0)[:, None])
     if options.with_entropy:
         shifted_RW = z_RW.clone()
         z_RW.exp_()
@@ -231,54 +204,6 @@ def _fold(z_RW: Tensor, target_R: Tensor, first_column: int, options: Options) -
     else:
         z_RW.exp_()
     return RowState(max_R, z_RW.sum(dim=1), logit_R, moment_R, argmax_R)
-
-
-def _empty_state(x_RD: Tensor, options: Options) -> RowState:
-    """The state over no columns."""
-    lowest_R = x_RD.new_full((len(x_RD),), -torch.inf)
-    zero_R = torch.zeros_like(lowest_R)
-    return RowState(
-        lowest_R,
-        zero_R,
-        lowest_R,
-        zero_R if options.with_entropy else None,
-        zero_R if options.with_argmax else None,
-    )
-
-
-def _merge(states: Sequence[RowState]) -> RowState:
-    """One state over the columns of all; waves and ranks merge by the same rule, in their order."""
-    if len(states) == 1:
-        return states[0]
-    max_KR = torch.stack([state.max_R for state in states])
-    sum_KR = torch.stack([state.sum_R for state in states])
-    max_R, winner_R = max_KR.max(dim=0)
-    # A state over no columns has sum 0 and max -inf: its difference must not become NaN.
-    diff_KR = torch.where(sum_KR == 0, 0.0, max_KR - max_R)
-    scale_KR = diff_KR.exp()
-    moment_R = argmax_R = None
-    if states[0].moment_R is not None:
-        moment_KR = torch.stack([_present(state.moment_R) for state in states])
-        moment_R = ((moment_KR + diff_KR * sum_KR) * scale_KR).sum(dim=0)
-    if states[0].argmax_R is not None:
-        argmax_KR = torch.stack([_present(state.argmax_R) for state in states])
-        argmax_R = argmax_KR.gather(0, winner_R[None])[0]
-    target_R = torch.stack([state.target_R for state in states]).amax(dim=0)
-    return RowState(max_R, (sum_KR * scale_KR).sum(dim=0), target_R, moment_R, argmax_R)
-
-
-def _merge_over_ranks(state: RowState, group: dist.ProcessGroup) -> RowState:
-    """The state over every rank's columns; one all-gather of 3 to 5 values per row."""
-    if state.max_R.numel() == 0:
-        return state
-    names = [name for name, part in state._asdict().items() if part is not None]
-    packed_CR = torch.stack([getattr(state, name) for name in names])
-    gathered = packed_CR.new_empty(group.size() * len(packed_CR), packed_CR.shape[1])
-    dist.all_gather_into_tensor(gathered, packed_CR, group=group)  # now every rank's states
-    by_rank = gathered.view(group.size(), *packed_CR.shape)
-    return _merge(
-        [state._replace(**dict(zip(names, part_CR.unbind(), strict=True))) for part_CR in by_rank]
-    )
 
 
 def _dlogits(
@@ -289,14 +214,13 @@ def _dlogits(
     if gradients.dentropy_R is None:
         dz_RW = p_RW.mul_(-gradients.dlogp_R[:, None])
     else:
-        entropy_R = state.sum_R.log() - _present(state.moment_R) / state.sum_R
         p_log_p_RW = torch.xlogy(p_RW, p_RW)  # 0 where p underflowed
-        weight_R = gradients.dlogp_R + gradients.dentropy_R * entropy_R
+        weight_R = gradients.dlogp_R + gradients.dentropy_R * state.entropy()
         dz_RW = p_RW.mul_(-weight_R[:, None])
         dz_RW.addcmul_(p_log_p_RW, gradients.dentropy_R[:, None], value=-1.0)
     _subtract_at(dz_RW, target_R - first_column, -gradients.dlogp_R)
     if gradients.dmax_logit_R is not None:
-        argmax_R = _present(state.argmax_R).long()
+        argmax_R = present(state.argmax_R).long()
         _subtract_at(dz_RW, argmax_R - first_column, -gradients.dmax_logit_R)
     return dz_RW
 
@@ -330,8 +254,3 @@ def _subtract_at(block_RW: Tensor, index_R: Tensor, value_R: Tensor) -> Tensor:
     new_R1 = torch.where(_inside(index_R, block_RW)[:, None], kept_R1 - value_R[:, None], kept_R1)
     block_RW.scatter_(1, column_R1, new_R1)
     return kept_R1
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor

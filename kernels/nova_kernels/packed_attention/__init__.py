@@ -9,12 +9,17 @@ from typing import Literal, overload
 
 import torch
 
-from nova_kernels.backend import resolve
+from nova_kernels.backend import resolve, triton_runs_on
 from nova_kernels.checks import check_dtype, check_same_device, check_shape
 from nova_kernels.packed_attention.reference import blocked_attention
 from nova_kernels.segments import SegmentIndex, schedule_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FUSED_DTYPES = {  # the interpreter has no bf16 products, and tensor cores none of fp32
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.float16),
+}
+MAX_FUSED_HEAD_DIM = 256
 
 
 @overload
@@ -85,13 +90,17 @@ def packed_attention(
             f"q_TNH has {N} heads and k_TKH has {K}, but every key head serves the same number of "
             f"query heads. Make N a multiple of K."
         )
-    resolve("packed_attention", backend, ("reference",))
-    out_TNH, lse_TN = blocked_attention(
-        q_TNH,
-        k_TKH,
-        v_TKH,
-        schedule_of(schedule, segments_S4, T).host_segments,
-        softmax_scale=H**-0.5 if softmax_scale is None else softmax_scale,
-        return_lse=return_lse,
-    )
-    return (out_TNH, lse_TN) if lse_TN is not None else out_TNH
+    index = schedule_of(schedule, segments_S4, T)
+    scale = H**-0.5 if softmax_scale is None else softmax_scale
+    # "auto" takes the reference until the Triton kernels have passed their tests on a GPU.
+    fused = triton_runs_on(q_TNH.device) and q_TNH.dtype in _FUSED_DTYPES[q_TNH.device.type]
+    available = ("reference", "triton") if fused and H <= MAX_FUSED_HEAD_DIM else ("reference",)
+    if resolve("packed_attention", backend, available) == "triton":
+        from nova_kernels.packed_attention._triton import packed_attention_triton
+
+        out_TNH, lse_TN = packed_attention_triton(q_TNH, k_TKH, v_TKH, index, softmax_scale=scale)
+    else:
+        out_TNH, lse_TN = blocked_attention(
+            q_TNH, k_TKH, v_TKH, index.host_segments, softmax_scale=scale, return_lse=return_lse
+        )
+    return (out_TNH, lse_TN) if return_lse and lse_TN is not None else out_TNH

@@ -1,0 +1,76 @@
+"""Tile sizes of the Triton kernels, and how rows and columns are shared out: no torch, no Triton.
+
+Nothing here depends on the GPU's number of multiprocessors, so no result does either.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+L2_ROWS_BYTES = 32 << 20  # gathered rows that stay in a Hopper GPU's L2 (50 MB) while W streams by
+PROGRAMS = 132  # tiles at work at once on an H100, which the split aims at
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int  # split in two halves after the product
+    depth: int
+    warps: int
+    stages: int
+
+
+class Rule(NamedTuple):
+    itemsize: int  # at most
+    rows: int  # at most
+    crowded: bool  # also for kernels that keep exponentials and track entropy or argmax
+    tile: Tile
+
+
+# The first rule that fits is taken. What Triton makes of each, compiled for sm_90, stands in the
+# README; a test keeps them free of spills. D and V have their say in split_rows and in the waves.
+ANY = 1 << 62
+RULES = (
+    Rule(2, 64, True, Tile(64, 128, 64, 4, 4)),  # W is read once whatever the tile: many programs
+    Rule(2, ANY, False, Tile(128, 256, 64, 8, 4)),  # the least L2 traffic that fits registers
+    Rule(2, ANY, True, Tile(128, 128, 64, 8, 4)),
+    Rule(4, ANY, True, Tile(64, 64, 32, 8, 3)),  # fp32 without tensor cores: exact, not fast
+)
+# What `benchmarks/run.py --op linear_dpo --tune` times against each other.
+CANDIDATES = (
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(64, 256, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+)
+
+
+def choose_tile(num_rows: int, itemsize: int, *, crowded: bool) -> Tile:
+    return next(
+        rule.tile
+        for rule in RULES
+        if itemsize <= rule.itemsize and num_rows <= rule.rows and crowded <= rule.crowded
+    )
+
+
+@functools.lru_cache
+def split_rows(row_tiles: int, column_tiles: int, row_tile_bytes: int) -> tuple[int, int]:
+    """(row tiles in flight together, ranges that each of them cuts the vocabulary into).
+
+    A round is `group` row tiles times `splits` ranges, at most PROGRAMS programs. All programs of
+    a range walk W together, so a round reads W from memory once; its rows must stay in L2. The
+    fewest steps of a program win, then the fewest rounds, then the fewest ranges to merge.
+    """
+    most = max(1, min(row_tiles, PROGRAMS, L2_ROWS_BYTES // row_tile_bytes))
+
+    def cost(group: int, splits: int) -> tuple[int, int, int]:
+        rounds = -(-row_tiles // group)
+        return rounds * -(-column_tiles // splits), rounds, splits
+
+    choices = (
+        (group, splits)
+        for group in range(1, most + 1)
+        for splits in range(1, min(column_tiles, PROGRAMS // group) + 1)
+    )
+    return min(choices, key=lambda choice: cost(*choice))
