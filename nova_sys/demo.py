@@ -1,7 +1,7 @@
 """The demo: align a small model from nothing on two CPU cores. Data, tokenizer, SFT, DPO, evaluation, report.
 
 The two training runs go through the launcher and the recipes that every run uses; the rest is the public functions
-`write_tasks`, `generate_greedy` and `evaluate_pairs`. Why DPO has something to repair here: nova_sys/data/tasks.py.
+`write_tasks`, `generate` and `evaluate_pairs`. Why DPO has something to repair here: nova_sys/data/tasks.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from nova_sys.data.tasks import (
     write_tasks,
 )
 from nova_sys.evaluate import evaluate_pairs
-from nova_sys.generate import generate_greedy
+from nova_sys.generate import generate
 from nova_sys.launcher import launch
 from nova_sys.report import draw_report, print_report, read_metrics
+from nova_sys.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,12 @@ def run_demo(out: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> int:
             "installed wheel; clone it and run `make demo` there"
         )
     seconds: dict[str, float] = {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written to ({error.strerror}); name a folder, there or new"
+        ) from None
     with _timed("data", seconds):
         files = write_tasks(
             out / "data", seed=seed, num_sft=NUM_SFT, num_pairs=NUM_PAIRS, num_eval=NUM_EVAL
@@ -116,8 +123,9 @@ def _evaluate(files: TaskFiles, sft: Path, dpo: Path) -> dict[str, Any]:
     """Both checkpoints on the held-out prompts; also the DPO checkpoint's rewards against the SFT one, its reference."""
     lines = files.evaluation.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     answers = {
-        name: [answer.strip() for answer in generate_greedy(checkpoint, prompts, MAX_NEW_TOKENS)]
+        name: [c.text.strip() for c in generate(checkpoint, prompts, greedy)]
         for name, checkpoint in (("sft", sft), ("dpo", dpo))
     }
     report: dict[str, Any] = {"num_eval": len(prompts)}

@@ -1,4 +1,4 @@
-"""Core attention on packs: KV shifting, rotary positions and attention by the segment rules of the token layout.
+"""Core attention on packs, and on one new token per cached sequence: KV shifting, rotary positions, attention.
 
 T packed tokens, N query heads, K key/value heads, H head dim (per tensor-parallel rank); S segments; F rotary_dim / 2.
 Megatron's own rotary code restarts at every boundary and cannot give a branch its prefix's positions, so the model is built
@@ -18,6 +18,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nova_kernels import kv_shift_rope, packed_attention
 from nova_kernels.kv_shift_rope import rope_tables
 from nova_kernels.segments import SegmentIndex
+from nova_sys.model.cache import DecodeLayout, PromptRows, decode_attention, mix, rotate, wide
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class PackLayout:
 
     segments_S4: torch.Tensor
     index: SegmentIndex
+    prompts: PromptRows | None = None
+    """Where generation wants the pack's keys and values kept."""
     qkv_format: str = (
         "thd"  # Megatron then drops the batch dim of q, k and v: (T, 1, N, H) -> (T, N, H)
     )
@@ -48,7 +51,8 @@ class PackedCoreAttention(torch.nn.Module):
         rope_base: float,
         max_positions: int,
         backend: str,
-        **_: Any,  # layer_number, attn_mask_type, attention_type, ...: Megatron passes them to every core attention
+        layer_number: int,
+        **_: Any,  # attn_mask_type, attention_type, ...: Megatron passes them to every core attention
     ) -> None:
         super().__init__()
         head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
@@ -56,6 +60,7 @@ class PackedCoreAttention(torch.nn.Module):
         self.register_buffer("cos_PF", cos_PF, persistent=False)
         self.register_buffer("sin_PF", sin_PF, persistent=False)
         self.backend = backend
+        self.layer_number = layer_number
         self.k_mix_K2 = self.v_mix_K2 = None
         if kv_shift:
             heads = (
@@ -80,10 +85,14 @@ class PackedCoreAttention(torch.nn.Module):
         *,
         attn_mask_type: Any = None,
         attention_bias: None = None,
-        packed_seq_params: PackLayout | None = None,
+        packed_seq_params: PackLayout | DecodeLayout | None = None,
     ) -> torch.Tensor:
-        assert packed_seq_params is not None, "every forward runs on a pack"
-        segments_S4, index = packed_seq_params.segments_S4, packed_seq_params.index
+        layout = packed_seq_params
+        assert layout is not None, "every forward runs on a pack or on cached sequences"
+        if isinstance(layout, DecodeLayout):
+            return self._decode(q_TNH, k_TKH, v_TKH, layout)
+        segments_S4, index = layout.segments_S4, layout.index
+        raw = (k_TKH, v_TKH)
         q_TNH, k_TKH, v_TKH = kv_shift_rope(
             q_TNH,
             k_TKH,
@@ -96,10 +105,35 @@ class PackedCoreAttention(torch.nn.Module):
             schedule=index,
             backend=self.backend,
         )
+        if layout.prompts is not None:
+            layout.prompts.write(self.layer_number, raw, (k_TKH, v_TKH), index.position_T)
         out_TNH = packed_attention(
             q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend
         )
         return out_TNH.flatten(1)
+
+    def _decode(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        layout: DecodeLayout,
+    ) -> torch.Tensor:
+        """The first B rows are new tokens of the B cached sequences; sequence parallelism may have padded them."""
+        B, dtype = layout.row_B.shape[0], q_TNH.dtype
+        q_BNH, k_BKH, v_BKH = q_TNH[:B], k_TKH[:B], v_TKH[:B]
+        cos_BF, sin_BF = self.cos_PF[layout.position_B], self.sin_PF[layout.position_B]
+        cached = layout.cache.layers[self.layer_number]
+        key = rotate(mix(k_BKH, cached.last_key_BKH, self.k_mix_K2), cos_BF, sin_BF).to(dtype)
+        value = mix(v_BKH, cached.last_value_BKH, self.v_mix_K2).to(dtype)
+        cached.append(layout, raw=(k_BKH, v_BKH), final=(key, value))
+        out_BNH = decode_attention(
+            rotate(wide(q_BNH), cos_BF, sin_BF).to(dtype),
+            cached.key_BKLH[:, :, : layout.longest],
+            cached.value_BKLH[:, :, : layout.longest],
+            layout.position_B + 1,
+        )
+        return torch.nn.functional.pad(out_BNH.flatten(1), (0, 0, 0, q_TNH.shape[0] - B))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nova_kernels.backend import triton_runs_on
 from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
@@ -29,6 +30,18 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.hidden_size // model.num_heads
+
+
+def check_kernels(requested: str, device: torch.device) -> None:
+    """Raises: ValueError when the kernels of `train.kernels` cannot run here. Before the data is prepared; what an op lacks for
+    certain shapes it says itself."""
+    runs = {"triton": triton_runs_on, "cuda": lambda device: device.type == "cuda"}
+    if requested in runs and not runs[requested](device):
+        needs = "an NVIDIA GPU" + (" and the package triton" if requested == "triton" else "")
+        here = "on the CPU" if device.type == "cpu" else "on a GPU, without that package"
+        raise ValueError(
+            f'train.kernels = "{requested}": needs {needs}, and this process runs {here}; set it to "auto" or "reference"'
+        )
 
 
 def _leave_as_is(weight: torch.Tensor) -> None: ...

@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nova_sys.data.batch import DevicePack
 from nova_sys.model.attention import PackLayout
+from nova_sys.model.cache import DecodeLayout
 from nova_sys.model.output_layer import LogprobOutputLayer
 
 
@@ -14,19 +15,27 @@ class PackedGPT(GPTModel):
     """One pipeline stage (or chunk) of a decoder that runs on packs.
 
     forward(pack) returns
-      - on the last stage: logp_R (R,) fp32, the log-probability of each response row's target; for a pack whose `target_R`
-        is None, the rows' logits (R, vocab_size) fp32;
+      - on the last stage: logp_R (R,) fp32, the log-probability of each response row's target;
       - on other stages: hidden (T, 1, D), or (T/tp, 1, D) under sequence parallelism.
     """
 
     def forward(self, pack: DevicePack) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layout = PackLayout(pack.segments_S4, pack.index)
+        return self.run(pack.tokens_T, layout, pack.row_R, pack.target_R)
+
+    def run(
+        self,
+        tokens_T: torch.Tensor,
+        layout: PackLayout | DecodeLayout,
+        row_R: torch.Tensor,
+        target_R: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward`, for any layout of the tokens; without targets the last stage gives the rows' logits (R, vocab_size) fp32."""
         embedded_SBD = None
         if self.pre_process:
-            embedded_SBD = self.embedding(input_ids=pack.tokens_T[None], position_ids=None)
+            embedded_SBD = self.embedding(input_ids=tokens_T[None], position_ids=None)
         hidden_SBD = self.decoder(
-            hidden_states=embedded_SBD,
-            attention_mask=None,
-            packed_seq_params=PackLayout(pack.segments_S4, pack.index),
+            hidden_states=embedded_SBD, attention_mask=None, packed_seq_params=layout
         )
         if not self.post_process:
             return hidden_SBD
@@ -36,4 +45,4 @@ class PackedGPT(GPTModel):
             if self.share_embeddings_and_output_weights
             else None
         )
-        return self.output_layer(hidden_SBD, pack.row_R, pack.target_R, weight=weight)
+        return self.output_layer(hidden_SBD, row_R, target_R, weight=weight)

@@ -44,8 +44,9 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (drows_RD,) = grads
         mine_R, local_R = ctx.saved_tensors
-        dhidden_TD = torch.zeros(ctx.shape, dtype=torch.float32, device=drows_RD.device)
-        dhidden_TD.index_add_(0, local_R, drows_RD.float().masked_fill(~mine_R[:, None], 0))
+        wide = torch.promote_types(drows_RD.dtype, torch.float32)  # many rows may meet in one
+        dhidden_TD = torch.zeros(ctx.shape, dtype=wide, device=drows_RD.device)
+        dhidden_TD.index_add_(0, local_R, drows_RD.to(wide).masked_fill(~mine_R[:, None], 0))
         return dhidden_TD.to(drows_RD.dtype), None, None
 
 
