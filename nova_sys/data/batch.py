@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nova_kernels.segments import SegmentIndex, segment_index
-from nova_sys.data.store import TokenStore
+from nova_sys.data.token_store import TokenStore, ranges
 
 PADDING_SEGMENT = 128
 
@@ -24,7 +24,7 @@ class DevicePack:
     tokens_T: torch.Tensor
     segments_S4: torch.Tensor
     row_R: torch.Tensor
-    target_R: torch.Tensor | None
+    target_R: torch.Tensor
     sequence_R: torch.Tensor
     response_B: torch.Tensor
     document_P: torch.Tensor
@@ -47,9 +47,8 @@ class Pack:
     start)."""
     row_R: np.ndarray
     """int64 (R,): position whose hidden state predicts a loss-carrying token."""
-    target_R: np.ndarray | None
-    """int64 (R,): that token. None: there is no target; the model answers with logits
-    (generation)."""
+    target_R: np.ndarray
+    """int64 (R,): that token."""
     sequence_R: np.ndarray
     """int64 (R,): the sequence it belongs to, ascending."""
     response_B: np.ndarray
@@ -77,12 +76,6 @@ class Pack:
             values[field.name] = value
         index = segment_index(torch.from_numpy(self.segments_S4), len(self.tokens_T))
         return DevicePack(**values, index=index.to(device))
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """All ranges [start, start + length) end to end."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ def _lay_out(store: TokenStore, document_P: np.ndarray, share_prefix: bool) -> _
     first_part = store.document_parts[document_P]
     num_responses = store.document_parts[document_P + 1] - first_part - 1
     owner_B = np.repeat(np.arange(len(document_P)), num_responses)
-    part_B = _ranges(first_part + 1, num_responses)
+    part_B = ranges(first_part + 1, num_responses)
     source_B = store.part_offsets[part_B]
     length_B = store.part_offsets[part_B + 1] - source_B
     prefix_source_B = store.part_offsets[first_part][owner_B]
@@ -160,12 +153,12 @@ def build_pack(
             "they must fit. Use the pack_length and share_prefix the documents were packed for."
         )
     tokens_T = np.zeros(pack_length, np.int64)
-    places = _ranges(at.start_B, at.length_B)
-    sources = _ranges(at.source_B, at.length_B)
+    places = ranges(at.start_B, at.length_B)
+    sources = ranges(at.source_B, at.length_B)
     tokens_T[places] = store.tokens[sources]
     copied = at.prefix_length_B[at.is_trunk_B]
-    copies = _ranges(at.prefix_start_B[at.is_trunk_B], copied)
-    tokens_T[copies] = store.tokens[_ranges(at.prefix_source_B[at.is_trunk_B], copied)]
+    copies = ranges(at.prefix_start_B[at.is_trunk_B], copied)
+    tokens_T[copies] = store.tokens[ranges(at.prefix_source_B[at.is_trunk_B], copied)]
 
     row = places - 1  # the row that predicts the token at each place; -1: none
     prefix_end_B = at.prefix_start_B + at.prefix_length_B

@@ -94,6 +94,14 @@ class _GenerationBlocks(Extension):
         return _OPEN + caller() + _CLOSE
 
 
+class _Undefined(jinja2.Undefined):
+    """May be tested and looped over, as tokenizers' templates do, but not written: a misspelt name would silently render as
+    nothing. A tokenizer without BOS is no mistake: that name writes nothing."""
+
+    def __str__(self) -> str:
+        return "" if self._undefined_name == "bos_token" else self._fail_with_undefined_error()
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -116,6 +124,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"],
+        undefined=_Undefined,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -146,15 +155,20 @@ class ChatTemplate:
         self._special_texts = special_texts or {}
         try:
             self._template = _environment().from_string(text)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # besides TemplateError whatever Python's own compiler raises
             raise ValueError(
-                f"the chat template {name} does not compile ({error}); it must be Jinja2 as "
-                "Hugging Face tokenizers use it. Correct it, or choose a built-in one: "
-                + ", ".join(BUILT_IN)
-                + "."
+                f"the chat template {name}{_line_of(error)} does not compile ({_said(error)}); it must be Jinja2 "
+                f"as Hugging Face tokenizers use it. Correct it, or choose a built-in one: {', '.join(BUILT_IN)}."
             ) from error
         self.end_of_turn = self._probe_end_of_turn()
         self.closes_turns = bool(self.end_of_turn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_template"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._template = _environment().from_string(self.text)  # compiled code has no pickle
 
     def render(
         self,
@@ -168,18 +182,21 @@ class ChatTemplate:
         return _strip_marks(self._render(messages, tools, add_generation_prompt))[0]
 
     def render_with_spans(
-        self, messages: Sequence[Message], *, tools: list[Any] | None = None, first: int = 0
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[Any] | None = None,
+        first: int = 0,
+        prompt: str | None = None,
     ) -> tuple[str, list[Span]]:
         """The dialogue as text, and the ranges of it that the assistant turns from index `first` on
-        must learn."""
+        must learn. prompt: what `render` makes of the turns before `first`, if that is known."""
         text, blocks = _strip_marks(self._render(messages, tools, False))
         if not blocks:
-            return text, self._spans_by_prefixes(text, messages, tools, first)
-        start = (
-            len(self.render(messages[:first], tools=tools, add_generation_prompt=True))
-            if first
-            else 0
-        )
+            return text, self._spans_by_prefixes(text, messages, tools, first, prompt)
+        if first and prompt is None:
+            prompt = self.render(messages[:first], tools=tools, add_generation_prompt=True)
+        start = len(prompt or "")
         spans = [(max(a, start), self._end_of_loss(text, b)) for a, b in blocks if b >= start]
         return text, [(a, b) for a, b in spans if a < b]
 
@@ -194,22 +211,30 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_texts,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # a template is a program of the user's: it may raise anything
             roles = ", ".join(m["role"] for m in messages) or "none"
             raise ValueError(
-                f"the chat template {self.name} failed ({error}) on turns: {roles}; every dialogue "
-                "must suit it. Correct the data, or choose another data.template."
+                f"the chat template {self.name}{_line_of(error)} failed ({_said(error)}) on turns: {roles}; every "
+                "dialogue must suit it. Correct the data or the template, or choose another data.template."
             ) from error
 
     def _spans_by_prefixes(
-        self, text: str, messages: Sequence[Message], tools: list[Any] | None, first: int
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        first: int,
+        prompt: str | None,
     ) -> list[Span]:
         spans = []
         for i in range(first, len(messages)):
             if messages[i]["role"] != "assistant":
                 continue
-            before = self.render(messages[:i], tools=tools, add_generation_prompt=True)
-            through = self.render(messages[: i + 1], tools=tools)
+            before = prompt if i == first else None
+            if before is None:
+                before = self.render(messages[:i], tools=tools, add_generation_prompt=True)
+            is_last = i == len(messages) - 1
+            through = text if is_last else self.render(messages[: i + 1], tools=tools)
             if self.closes_turns:
                 through = through.rstrip()
             if not (text.startswith(through) and through.startswith(before)):
@@ -245,6 +270,21 @@ class ChatTemplate:
         except ValueError:
             return ""  # it needs other turns: the dialogue itself will tell
         return _strip_marks(marked)[0].rpartition(answer)[2].rstrip()
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__  # MemoryError says nothing
+
+
+def _line_of(error: Exception) -> str:
+    """`:line` of the template where it failed, if that is known."""
+    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f":{line}" if line else ""
 
 
 def _strip_marks(marked: str) -> tuple[str, list[Span]]:
@@ -291,7 +331,7 @@ def choose_template(
         )
         return TemplateChoice(template, for_text=setting != "auto")
     try:
-        text = Path(setting).expanduser().read_text(encoding="utf-8")
+        text = Path(setting).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.template is {setting!r}, which cannot be read ({error}); it must be auto, none, "

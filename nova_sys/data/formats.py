@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from nova_sys.data.lines import Block, block_lines, read_blocks
 from nova_sys.data.records import (
     ASSISTANT,
     DialogueRecord,
@@ -35,7 +34,6 @@ Kind = Literal["sft", "pairs"]
 rejected answer."""
 
 ROLES = ("system", "user", "assistant", "tool")
-_GZIP_MAGIC = b"\x1f\x8b"
 _SHAPES = (
     'one of {"prompt", "chosen", "rejected"}, {"chosen", "rejected"} with whole dialogues, '
     '{"messages": [...]}'
@@ -49,98 +47,101 @@ def _refuse(source: object, seen: str, rule: str, remedy: str) -> NoReturn:
 def expand_files(patterns: str | Sequence[str]) -> list[Path]:
     """Paths and globs to existing files: in the order given, the matches of a glob sorted by
     name."""
-    files: list[Path] = []
+    files: dict[Path, tuple[Path, str]] = {}  # by what they resolve to
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        path = Path(pattern).expanduser()
-        if path.is_file():
-            files.append(path)
-        elif pattern and glob.has_magic(pattern):
-            matches = sorted(Path(m) for m in glob.glob(str(path), recursive=True))
-            matches = [m for m in matches if m.is_file()]
-            if not matches:
-                _refuse(repr(pattern), "no file matches", "a glob must match", "Check the path.")
-            files += matches
-        elif path.is_dir() and pattern:
-            rule = "data must be files"
-            _refuse(repr(pattern), "this is a folder", rule, f"Try '{pattern}/*.jsonl*'.")
-        else:
-            near = difflib.get_close_matches(
-                path.name,
-                [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [],
-                n=1,
-            )
-            remedy = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
-            _refuse(repr(pattern), "no such file", "data files must exist", remedy)
+        try:
+            for path in _matches(pattern):
+                with open(path, "rb") as stream:
+                    stream.read(1)  # permissions do not tell all (network file systems, /proc)
+                _, other = files.setdefault(path.resolve(), (path, pattern))
+                if files[path.resolve()][0] is not path:
+                    seen = f"it is there twice, through {other!r} and {pattern!r}"
+                    rule = "a file is read once, or its records would weigh double"
+                    _refuse(path, seen, rule, "Name it once; if they are to weigh double, copy it.")
+        except OSError as error:
+            seen, rule = f"cannot be read ({error.strerror})", "data files must be readable"
+            _refuse(repr(pattern), seen, rule, "Check the path and its permissions.")
     if not files:
         _refuse(
             "the list of data files", "it is empty", "at least one is needed", "Set data.train."
         )
-    return files
+    return [path for path, _ in files.values()]
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if pattern and glob.has_magic(pattern):
+        matches = sorted(Path(m) for m in glob.glob(str(path), recursive=True))
+        matches = [m for m in matches if m.is_file()]
+        if not matches:
+            _refuse(repr(pattern), "no file matches", "a glob must match", "Check the path.")
+        return matches
+    if path.is_dir() and pattern:
+        rule = "data must be files"
+        _refuse(repr(pattern), "this is a folder", rule, f"Try '{pattern}/*.jsonl*'.")
+    if path.exists() and pattern:
+        rule = "data must be regular files, since they are read more than once"
+        _refuse(repr(pattern), "a device or pipe", rule, "Write the data to a file.")
+    near = difflib.get_close_matches(
+        path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], n=1
+    )
+    start = "" if path.is_absolute() else f" It begins in {Path.cwd()}."
+    remedy = f"Did you mean {path.parent / near[0]}?" if near else f"Check the path.{start}"
+    _refuse(repr(pattern), "no such file", "data files must exist", remedy)
 
 
 def read_objects(path: Path, file: int = 0) -> Iterator[tuple[Source, Any]]:
     """The JSON value of each line that is not blank, with its place."""
-    source = Source(str(path), file, 0)
     num_objects = 0
-    for source, line in _read_lines(path, file):
+    for block in read_blocks(path, file):
+        for source, value in block_objects(block):
+            num_objects += 1
+            yield source, value
+    if num_objects == 0:
+        refuse_empty(path)
+
+
+def refuse_empty(path: Path) -> NoReturn:
+    _refuse(path, "no records in it", "a data file has at least one line", "Remove it or fill it.")
+
+
+def block_objects(block: Block) -> Iterator[tuple[Source, Any]]:
+    """The JSON value of each line of a block that is not blank, with its place."""
+    for source, line in block_lines(block):
         try:
-            value = json.loads(line)
+            value = _JSON.decode(line)
             if "\\u" in line:
                 json.dumps(
                     value, ensure_ascii=False
                 ).encode()  # half a surrogate pair cannot be tokenised
         except (ValueError, RecursionError) as error:
+            said = (
+                f"{error.msg}, character {error.pos + 1}"
+                if isinstance(error, json.JSONDecodeError)
+                else error
+            )
             _refuse(
                 source,
-                f"not valid JSON ({error}) in {line[:60]!r}",
+                f"not valid JSON ({said}) in {line[:60]!r}",
                 "each line must be one JSON object",
                 "Correct or remove the line; a file of many-line JSON must be rewritten one "
                 "object per line.",
             )
-        num_objects += 1
         yield source, value
-    if num_objects == 0:
-        _refuse(
-            path, "no records in it", "a data file has at least one line", "Remove it or fill it."
-        )
 
 
-def _read_lines(path: Path, file: int) -> Iterator[tuple[Source, str]]:
-    """Decoded lines that are not blank. gzip is recognised by its first bytes, whatever the file is
-    called."""
-    with open(path, "rb") as probe:
-        compressed = probe.read(2) == _GZIP_MAGIC
-    number = 0
-    try:
-        with gzip.open(path, "rb") if compressed else open(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                source = Source(str(path), file, number)
-                text = _decode(raw, source).strip()
-                if text:
-                    yield source, text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        _refuse(
-            Source(str(path), file, number + 1),
-            f"damaged gzip data ({error})",
-            "a .gz file must be complete",
-            "Copy or download it again.",
-        )
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ; Python's own reader would silently keep the last of two."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
+    return value
 
 
-def _decode(raw: bytes, source: Source) -> str:
-    try:
-        if b"\0" in raw:
-            raise UnicodeDecodeError(
-                "utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "a zero byte"
-            )
-        return raw.decode("utf-8-sig" if source.line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        _refuse(
-            source,
-            f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}, not UTF-8 text",
-            "data must be JSON lines, plain or gzip",
-            "Convert binary formats such as Parquet or Arrow to JSON lines first.",
-        )
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def parse_record(value: Any, source: Source, kind: Kind) -> DialogueRecord | TextPair | TurnPair:
@@ -176,17 +177,17 @@ def _dialogue(value: dict[str, Any], source: Source, kind: Kind) -> DialogueReco
             "preference training needs a chosen and a rejected answer",
             'Use algo.name = "sft" for this file, or give pairs.',
         )
-    messages = _turns(value["messages"], source, "messages")
+    messages = parse_turns(value["messages"], source, "messages")
     if not any(_says_something(m) for m in messages if m["role"] == "assistant"):
         raise UnusableRecord(
             "no_assistant_turn",
             f"{source}: no assistant turn with content or tool calls; loss falls on assistant "
             "turns only. Add the answer or remove the line.",
         )
-    return DialogueRecord(messages, _tools(value, source))
+    return DialogueRecord(messages, parse_tools(value, source))
 
 
-def _tools(value: dict[str, Any], source: Source) -> list[Any] | None:
+def parse_tools(value: dict[str, Any], source: Source) -> list[Any] | None:
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
         _refuse(
@@ -202,7 +203,7 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _turns(value: Any, source: Source, key: str) -> list[Message]:
+def parse_turns(value: Any, source: Source, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         seen = f'"{key}" is {"an empty list" if value == [] else f"a {_name(value)}"}'
         _refuse(
@@ -253,8 +254,11 @@ def _calls(calls: Any, source: Source, where: str) -> list[Any]:
             _refuse(source, f"{where} has a call without a function name", rule, "Add the name.")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):  # free text: the template gets it as it is
-                function = {**function, "arguments": json.loads(arguments)}
+            # Free text, and JSON that cannot be tokenised: the template gets it as it is.
+            with contextlib.suppress(ValueError, RecursionError):
+                opened_arguments = _JSON.decode(arguments)
+                json.dumps(opened_arguments, ensure_ascii=False).encode()
+                function = {**function, "arguments": opened_arguments}
         opened.append({**call, "function": function} if "function" in call else function)
     return opened
 
@@ -268,7 +272,7 @@ def _pair_with_prompt(value: dict[str, Any], source: Source) -> TextPair | TurnP
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return TextPair(prompt, chosen, rejected)
     turns = (
-        _turns(prompt, source, "prompt")
+        parse_turns(prompt, source, "prompt")
         if isinstance(prompt, list)
         else [{"role": "user", "content": prompt}]
     )
@@ -276,7 +280,7 @@ def _pair_with_prompt(value: dict[str, Any], source: Source) -> TextPair | TurnP
         turns,
         _answer_turns(chosen, turns, source, "chosen"),
         _answer_turns(rejected, turns, source, "rejected"),
-        _tools(value, source),
+        parse_tools(value, source),
     )
 
 
@@ -287,7 +291,7 @@ def _answer_turns(answer: Any, prompt: list[Message], source: Source, key: str) 
         return [{"role": "assistant", "content": answer}]
     if not answer:
         return []
-    turns = _turns(answer, source, key)
+    turns = parse_turns(answer, source, key)
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if turns and turns[0]["role"] != "assistant":
@@ -314,11 +318,12 @@ def _pair_of_dialogues(value: dict[str, Any], source: Source) -> TextPair | Turn
             )
         start = marker + len(ASSISTANT)
         return TextPair(chosen[:start], chosen[start:], rejected[start:])
-    turns_a, turns_b = _turns(chosen, source, "chosen"), _turns(rejected, source, "rejected")
+    turns_a = parse_turns(chosen, source, "chosen")
+    turns_b = parse_turns(rejected, source, "rejected")
     common = _common_length(turns_a, turns_b)
     for cut in range(min(common, len(turns_a) - 1, len(turns_b) - 1), 0, -1):
         if turns_a[cut]["role"] == turns_b[cut]["role"] == "assistant":
-            return TurnPair(turns_a[:cut], turns_a[cut:], turns_b[cut:], _tools(value, source))
+            return TurnPair(turns_a[:cut], turns_a[cut:], turns_b[cut:], parse_tools(value, source))
     _no_common_start(
         source, f"share their first {common} turns, with no assistant turn in both behind them"
     )

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from concurrent.futures import Future
 
 import numpy as np
 
 from nova_sys.data.batch import Pack, build_pack
 from nova_sys.data.packing import PackPlan, balance, pack_documents
-from nova_sys.data.store import TokenStore
+from nova_sys.data.token_store import TokenStore
 
 _PREFETCH_STEPS = 2
 
@@ -26,6 +27,9 @@ class PackLoader:
 
     epochs: the stream ends behind `ceil(epochs * packs_per_epoch)` packs (`last_pack`), and packs
     that hold no documents fill the last step; None: it never ends.   ref_logp: see build_pack.
+
+    Memory: 4 bytes per document for the plan of an epoch, and for that of the next one once the thread runs; 20 more per document
+    while a plan is made. What the store holds is mapped: the ranks of a machine share it.
 
     Raises: ValueError when a document is longer than a pack, or the data-parallel size does not
     divide the global batch.
@@ -58,7 +62,6 @@ class PackLoader:
         self._share_prefix = share_prefix
         self._ref_logp = ref_logp
         self._lengths = store.document_lengths(share_prefix)
-        self._work = store.document_work(share_prefix)
         longest = int(self._lengths.max())
         if longest > pack_length:
             document = int(self._lengths.argmax())
@@ -67,7 +70,9 @@ class PackLoader:
                 f"{pack_length}; the store was built for other settings. Build it with this "
                 "pack_length and share_prefix."
             )
-        self._plans: dict[int, PackPlan] = {}
+        self._plans: dict[int, Future[PackPlan]] = {}
+        self._plans_lock = threading.Lock()
+        self._planner: threading.Thread | None = None
         self._thread: _Prefetcher | None = None
         self.packs_per_epoch = self._plan(0).num_packs
         self.last_pack = None if epochs is None else self._packs_of(epochs)
@@ -99,8 +104,9 @@ class PackLoader:
     def micro_batches(self, step: int) -> list[Pack]:
         """This rank's packs of a step, counted from 0."""
         packs = self.documents_of(step)
-        work = np.array([self._work[documents].sum() for documents in packs])
-        mine = balance(work, self._data_size)[self._data_rank]
+        mine = range(len(packs))
+        if self._data_size > 1:
+            mine = balance(self._work_of(packs), self._data_size)[self._data_rank]
         return [
             build_pack(
                 self._store,
@@ -112,15 +118,47 @@ class PackLoader:
             for i in mine
         ]
 
+    def _work_of(self, packs: list[np.ndarray]) -> np.ndarray:
+        """float64 (len(packs),): estimated cost of each pack."""
+        work = self._store.document_work(np.concatenate(packs), self._share_prefix)
+        ends = np.cumsum([len(documents) for documents in packs])
+        return np.array([documents.sum() for documents in np.split(work, ends[:-1])])
+
     def _plan(self, epoch: int) -> PackPlan:
-        plan = self._plans.get(epoch)
-        if plan is None:
-            plan = pack_documents(self._lengths, self._pack_length, seed=self._seed, epoch=epoch)
-            kept = {
-                e: p for e, p in self._plans.items() if e == epoch - 1
-            }  # a step may span two epochs
-            self._plans = {**kept, epoch: plan}
-        return plan
+        future, is_new = self._future_plan(epoch)
+        if is_new:
+            self._make_plan(epoch, future)
+        return future.result()
+
+    def _future_plan(self, epoch: int) -> tuple[Future[PackPlan], bool]:
+        """The plan of an epoch, which whoever finds it new must make; only the epoch before is kept, too: a step may span both."""
+        with self._plans_lock:
+            if epoch in self._plans:
+                return self._plans[epoch], False
+            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
+            self._plans[epoch] = Future()
+            return self._plans[epoch], True
+
+    def _make_plan(self, epoch: int, future: Future[PackPlan]) -> None:
+        try:
+            future.set_result(
+                pack_documents(self._lengths, self._pack_length, seed=self._seed, epoch=epoch)
+            )
+        except BaseException as error:
+            future.set_exception(error)
+
+    def plan_ahead(self, step: int) -> None:
+        """Begins to plan the epoch behind the one in which `step` ends, in a thread, if it will be needed: planning takes seconds
+        for tens of millions of documents, and no step should wait for it."""
+        epoch = ((step + 1) * self._global_batch_packs - 1) // self.packs_per_epoch + 1
+        if self.last_pack is not None and self.last_pack <= epoch * self.packs_per_epoch:
+            return
+        future, is_new = self._future_plan(epoch)
+        if is_new:
+            self._planner = threading.Thread(
+                target=self._make_plan, args=(epoch, future), name="pack-planner", daemon=True
+            )
+            self._planner.start()
 
     def start(self, step: int) -> None:
         """Begins to build the micro-batches of `step` and later ones ahead of time, in a thread."""
@@ -134,10 +172,13 @@ class PackLoader:
         return self._thread.take()
 
     def stop(self) -> None:
-        """Ends the thread, if there is one."""
+        """Ends the threads, if there are any."""
         if self._thread is not None:
             self._thread.end()
             self._thread = None
+        if self._planner is not None:
+            self._planner.join()
+            self._planner = None
 
 
 class _Prefetcher:
@@ -171,6 +212,7 @@ class _Prefetcher:
         try:
             while not self._ended.is_set():
                 batch = self._loader.micro_batches(step)
+                self._loader.plan_ahead(step)
                 self._put(batch)
                 step += 1
         except BaseException as error:

@@ -19,7 +19,7 @@ little (hh-rlhf: 99.5% instead of 99.9% filled at T=2048, the same at 4096), and
 
 @dataclass(frozen=True)
 class PackPlan:
-    """order: int64 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs + 1,)."""
+    """order: int32 (num_documents,), documents grouped by pack.   offsets: int64 (num_packs + 1,)."""
 
     order: np.ndarray
     offsets: np.ndarray
@@ -40,28 +40,22 @@ def pack_documents(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int)
     depend on (seed, epoch); the number of packs does not depend on the epoch.
 
     Args:     lengths (num_documents,) int32, tokens.   capacity: tokens per pack.
+    Memory:   4 bytes per document for the result, 20 while it is made.
     Raises:   ValueError for a length outside 1..capacity.
     """
-    shuffled = np.random.default_rng([seed]).permutation(len(lengths))
+    shuffled = _permutation(np.random.default_rng([seed]), len(lengths))
     order, offsets = _C.pack_best_fit_decreasing(
         lengths[shuffled], capacity, in_order_up_to=capacity // MIXED_BELOW
     )
-    places = shuffled[order]  # one document of the right length for each place
+    order = shuffled[order]
     rng = np.random.default_rng([seed, epoch])
-    documents = rng.permutation(len(lengths))
-    order = np.empty(len(lengths), np.int64)
-    keys = lengths.astype(np.uint16) if capacity < 2**16 else lengths  # 16 bits sort in linear time
-    by_place = np.argsort(keys[places], kind="stable")
-    order[by_place] = documents[np.argsort(keys[documents], kind="stable")]
-    return _in_order(PackPlan(order, offsets), rng.permutation(len(offsets) - 1))
+    documents = _permutation(rng, len(lengths))
+    packs = rng.permutation(len(offsets) - 1)
+    return PackPlan(*_C.redraw_packs(lengths, order, offsets, documents, packs))
 
 
-def _in_order(plan: PackPlan, packs: np.ndarray) -> PackPlan:
-    """The same packs in another order."""
-    sizes = np.diff(plan.offsets)[packs]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.repeat(plan.offsets[packs] - offsets[:-1], sizes) + np.arange(len(plan.order))
-    return PackPlan(plan.order[places], offsets)
+def _permutation(rng: np.random.Generator, size: int) -> np.ndarray:
+    return rng.permutation(size).astype(np.int32)
 
 
 def balance(work: np.ndarray, ranks: int) -> np.ndarray:

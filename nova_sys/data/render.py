@@ -13,44 +13,13 @@ tokenizer's or the user's writes its own BOS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from nova_sys.data.chat import ChatTemplate, Span, TemplateChoice, choose_template
+from nova_sys.data.encode import Chunk, Part, tokenise
 from nova_sys.data.formats import Kind
 from nova_sys.data.records import DialogueRecord, Message, TextPair, TurnPair, transcript_spans
 from nova_sys.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Text that is tokenised in one piece."""
-
-    text: str
-    spans: tuple[Span, ...] = ()
-    """Characters that carry loss."""
-    bos: bool = False
-    eos: bool = False
-    """EOS behind the text; it carries loss."""
-    continues: bool = False
-    """Not the start of its sequence."""
-    control: bool = False
-    """Texts of BOS and EOS become these tokens."""
-
-
-Part = tuple[Chunk, ...]
-"""A prefix or a response."""
-
-
-@dataclass(frozen=True)
-class TokenPart:
-    """tokens: int32.   loss: uint8 of the same length, 1 where the token carries loss."""
-
-    tokens: np.ndarray
-    loss: np.ndarray
 
 
 class Renderer:
@@ -59,7 +28,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, template: str, kind: Kind) -> None:
         self.tokenizer = tokenizer
-        self.kind = kind
+        self.kind: Kind = kind
         self.choice: TemplateChoice = choose_template(
             template,
             tokenizer_template=tokenizer.chat_template,
@@ -89,9 +58,9 @@ class Renderer:
         text = template.render(prompt, tools=tools, add_generation_prompt=True)
         return Chunk(text, bos=template.is_built_in, control=True)
 
-    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
+    def prompt_ids(self, prompt: str | list[Message], tools: list[Any] | None = None) -> list[int]:
         """`prompt_chunk` as tokens: where generation starts."""
-        return tokenise([(self.prompt_chunk(prompt),)], self.tokenizer)[0].tokens.tolist()
+        return tokenise([(self.prompt_chunk(prompt, tools),)], self.tokenizer)[0].tokens.tolist()
 
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer: EOS, and the template's end-of-turn if that is one token."""
@@ -131,7 +100,10 @@ class Renderer:
         parts: list[Part] = [(prompt,)]
         for answer in (pair.chosen, pair.rejected):
             text, spans = template.render_with_spans(
-                pair.prompt + answer, tools=pair.tools, first=len(pair.prompt)
+                pair.prompt + answer,
+                tools=pair.tools,
+                first=len(pair.prompt),
+                prompt=prompt.text,
             )
             if not text.startswith(prompt.text):
                 raise ValueError(
@@ -171,76 +143,3 @@ class Renderer:
             continues=start > 0,
             control=True,
         )
-
-
-def tokenise(parts: Sequence[Part], tokenizer: Tokenizer) -> list[TokenPart]:
-    """Tokens and loss flags of many parts at once (the tokenizer works in batches, on all
-    cores)."""
-    chunks = [chunk for part in parts for chunk in part]
-    encoded: list[TokenPart] = [TokenPart(np.empty(0, np.int32), np.empty(0, np.uint8))] * len(
-        chunks
-    )
-    for continues in (False, True):
-        for control in (False, True):
-            places = [
-                i for i, c in enumerate(chunks) if c.continues is continues and c.control is control
-            ]
-            for masked in (False, True):
-                chosen = [i for i in places if _needs_offsets(chunks[i]) is masked]
-                batch = _encode_chunks([chunks[i] for i in chosen], tokenizer, masked)
-                for i, part in zip(chosen, batch, strict=True):
-                    encoded[i] = part
-    result, place = [], 0
-    for part in parts:
-        pieces = encoded[place : place + len(part)]
-        place += len(part)
-        result.append(_join(pieces))
-    return result
-
-
-def _join(pieces: list[TokenPart]) -> TokenPart:
-    if len(pieces) == 1:
-        return pieces[0]
-    tokens = np.concatenate([p.tokens for p in pieces] or [np.empty(0, np.int32)])
-    return TokenPart(tokens, np.concatenate([p.loss for p in pieces] or [np.empty(0, np.uint8)]))
-
-
-def _needs_offsets(chunk: Chunk) -> bool:
-    return bool(chunk.spans) and chunk.spans != ((0, len(chunk.text)),)
-
-
-def _encode_chunks(chunks: list[Chunk], tokenizer: Tokenizer, masked: bool) -> list[TokenPart]:
-    """Chunks that agree in `continues` and `control`; masked: their spans cover only some of the
-    text."""
-    if not chunks:
-        return []
-    texts = [c.text for c in chunks]
-    continues, control = chunks[0].continues, chunks[0].control
-    if not masked:
-        all_ids = tokenizer.encode_batch(texts, continues=continues, control=control)
-        flags = [
-            np.full(len(ids), bool(c.spans), np.uint8)
-            for ids, c in zip(all_ids, chunks, strict=True)
-        ]
-    else:
-        encoded = tokenizer.encode_batch_with_offsets(texts, continues=continues, control=control)
-        all_ids = [ids for ids, _ in encoded]
-        flags = [_flags(o, c) for (_, o), c in zip(encoded, chunks, strict=True)]
-    parts = []
-    for ids, loss, chunk in zip(all_ids, flags, chunks, strict=True):
-        bos = [tokenizer.bos_id] if chunk.bos and tokenizer.bos_id is not None else []
-        eos = [tokenizer.eos_id] if chunk.eos and tokenizer.eos_id is not None else []
-        loss = np.concatenate([np.zeros(len(bos), np.uint8), loss, np.ones(len(eos), np.uint8)])
-        parts.append(TokenPart(np.array([*bos, *ids, *eos], np.int32), loss))
-    return parts
-
-
-def _flags(offsets: list[Span], chunk: Chunk) -> np.ndarray:
-    """A token carries loss when it covers a character that does (a token may reach across a span's
-    edge)."""
-    counts = np.zeros(len(chunk.text) + 1, np.int64)
-    for start, end in chunk.spans:
-        counts[start + 1 : end + 1] = 1
-    counts = np.cumsum(counts)
-    ranges = np.array(offsets, np.int64).reshape(-1, 2)
-    return (counts[ranges[:, 1]] > counts[ranges[:, 0]]).astype(np.uint8)

@@ -8,13 +8,12 @@ Llama-2-like tokenizers put before a text.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
-import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ _HF_FILES = (
     "chat_template.jinja",
 )
 _SPM_FILES = ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+MAX_IDS = 1 << 22
+"""Ten times the largest vocabularies in use: an id beyond it is a mistake that would cost the memory of all rows before it."""
 _SPACE = "\u2581"  # SentencePiece's mark for a space, in its pieces
 _LEAD = "\ue000"  # private use, part of no piece: what follows is tokenised as a continuation
 
@@ -46,6 +47,9 @@ class Tokenizer(ABC):
     """What a chat template may write: bos_token, eos_token, unk_token, pad_token."""
     fingerprint: str
     """sha256 over the files."""
+    spelling: list[bytes] | None = None
+    """UTF-8 of each id, where it is known without a text around it. Ids that spell the very text they come from show which token
+    covers what in a fraction of the time that offsets take."""
     _files: dict[str, bytes]
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
@@ -67,7 +71,8 @@ class Tokenizer(ABC):
     ) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         if not (continues and self._adds_space):
-            return self._encode_batch(texts, control)
+            with _told_as_ours():
+                return self._encode_batch(texts, control)
         return [
             ids for ids, _ in self.encode_batch_with_offsets(texts, continues=True, control=control)
         ]
@@ -76,10 +81,19 @@ class Tokenizer(ABC):
         self, texts: Sequence[str], *, continues: bool = False, control: bool = False
     ) -> list[Encoded]:
         """`encode_with_offsets` of each text, on all cores."""
-        if not (continues and self._adds_space):
-            return self._encode_batch_with_offsets(texts, control)
-        led = self._encode_batch_with_offsets([_LEAD + text for text in texts], control)
+        with _told_as_ours():
+            if not (continues and self._adds_space):
+                return self._encode_batch_with_offsets(texts, control)
+            led = self._encode_batch_with_offsets([_LEAD + text for text in texts], control)
         return [_behind_lead(encoded) for encoded in led]
+
+    def conflict_with(self, other: Tokenizer) -> str | None:
+        """The first id that means another text there, in words; None if one vocabulary begins with the other."""
+        for token in range(min(self.vocab_size, other.vocab_size)):
+            ours, theirs = self._piece(token), other._piece(token)
+            if ours != theirs:
+                return f"id {token} is {ours!r} in the one and {theirs!r} in the other"
+        return None
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -90,6 +104,9 @@ class Tokenizer(ABC):
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
             (Path(folder) / name).write_bytes(data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_files, (self._files,)  # to processes that tokenise
 
     @abstractmethod
     def _encode_batch(self, texts: Sequence[str], control: bool) -> list[list[int]]: ...
@@ -109,6 +126,18 @@ class Tokenizer(ABC):
         self._adds_space = False
         first = self._encode_batch(["a"], False)[0]
         self._adds_space = bool(first) and self._piece(first[0]).startswith((_SPACE, "\u0120"))
+
+
+@contextlib.contextmanager
+def _told_as_ours() -> Iterator[None]:
+    """The libraries raise RuntimeError and plain Exception for texts that a tokenizer cannot spell."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer fails on the text ({error}); it must have pieces, or an unknown token, for every text. "
+            "Correct the text, or choose another data.tokenizer"
+        ) from error
 
 
 def _behind_lead(encoded: Encoded) -> Encoded:
@@ -148,7 +177,16 @@ class SentencePieceTokenizer(Tokenizer):
         }
         marks = [self._model.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = {_SPACE: marks} if all(self._model.IsByte(i) for i in marks) else {}
+        self.spelling = [self._spelt(i) for i in range(self.vocab_size)]
         self._finish(files)
+
+    def _spelt(self, token: int) -> bytes:
+        piece = self._model.IdToPiece(token)
+        if self._model.IsByte(token):
+            return bytes([int(piece[3:5], 16)])
+        if self._model.IsUnknown(token):
+            return b"\xff"  # stands in no text: offsets must tell what it covers
+        return piece.replace(_SPACE, " ").encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.Decode([int(i) for i in ids])
@@ -157,10 +195,12 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.IdToPiece(token)
 
     def _encode_batch(self, texts: Sequence[str], control: bool) -> list[list[int]]:
+        # One thread: many documents are spread over processes, since most of the work is Python's.
+        all_ids = self._model.Encode(list(texts), return_type=int, num_threads=1)
         fixed = self._fixed(control)
-        if not fixed or not any(key in text for key in fixed for text in texts):
-            return self._model.Encode(list(texts), return_type=int)
-        return [self._encode_in_parts(text, fixed)[0] for text in texts]
+        for i in _holding(texts, fixed):
+            all_ids[i] = self._encode_in_parts(texts[i], fixed)[0]
+        return all_ids
 
     def _encode_batch_with_offsets(self, texts: Sequence[str], control: bool) -> list[Encoded]:
         return [self._encode_in_parts(text, self._fixed(control)) for text in texts]
@@ -196,6 +236,13 @@ class SentencePieceTokenizer(Tokenizer):
         return _behind_lead((ids, offsets)) if lead else (ids, offsets)
 
 
+def _holding(texts: Sequence[str], fixed: dict[str, list[int]]) -> list[int]:
+    """Indices of the texts with one of the keys in them: few, mostly none, so all texts are searched at once first."""
+    together = "".join(texts)
+    keys = [key for key in fixed if key in together]
+    return [i for i, text in enumerate(texts) if any(key in text for key in keys)] if keys else []
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A folder with tokenizer.json; BOS, EOS and the chat template come from the files beside
     it."""
@@ -207,6 +254,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_IDS:
+            raise ValueError(
+                f"its largest id is {self.vocab_size - 1:,}; the model has a row for every id up to the largest, and ids must be "
+                f"below {MAX_IDS:,}"
+            )
         self.special_texts = _special_texts(config)
         self.bos_id = (
             self._special_id("bos_token") if config.get("add_bos_token") is not False else None
@@ -234,7 +286,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.id_to_token(token) or ""
 
     def _encode_batch(self, texts: Sequence[str], control: bool) -> list[list[int]]:
-        return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _encode_batch_with_offsets(self, texts: Sequence[str], control: bool) -> list[Encoded]:
         return [
@@ -255,39 +307,53 @@ def _special_texts(config: dict[str, Any]) -> dict[str, str]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A SentencePiece .model file, or a folder with tokenizer.json or tokenizer.model."""
+    """A SentencePiece .model file, or a folder with tokenizer.json or tokenizer.model.
+
+    Raises: ValueError that names the path, for whatever is wrong with it.
+    """
     path = Path(path).expanduser()
-    if path.is_dir():
-        kind = next(
-            (n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None
-        )
-        if kind is None:
-            raise ValueError(
-                f"the tokenizer folder {path} has neither tokenizer.json nor tokenizer.model; it "
-                "needs one. Point data.tokenizer to a .model file or to a Hugging Face folder."
-            )
-        names = _HF_FILES if kind == "tokenizer.json" else _SPM_FILES
-        files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    elif path.is_file():
-        kind, files = "tokenizer.model", {"tokenizer.model": path.read_bytes()}
-    else:
-        raise ValueError(
-            f"the tokenizer {path} does not exist; data.tokenizer is a SentencePiece .model file "
-            "or a folder with tokenizer.json. Check the path, or leave it empty to train one."
-        )
     try:
-        config = _json_object(files, "special_tokens_map.json") | _json_object(
-            files, "tokenizer_config.json"
-        )
-        build = HuggingFaceTokenizer if kind == "tokenizer.json" else SentencePieceTokenizer
-        return build(files, config, _chat_template(files, config))
-    except (
-        Exception
-    ) as error:  # the libraries raise RuntimeError and plain Exception for damaged files
+        files = {name: file.read_bytes() for name, file in _tokenizer_files(path).items()}
+    except OSError as error:
+        raise ValueError(
+            f"the tokenizer {path} cannot be read ({error}); its files must be readable. Check the "
+            "path and its permissions."
+        ) from error
+    try:
+        return _from_files(files)
+    except Exception as error:  # the libraries raise RuntimeError and plain Exception
         raise ValueError(
             f"the tokenizer {path} cannot be read ({error}); it must be a SentencePiece model or a "
             "tokenizer.json of the `tokenizers` library. Download or export it again."
         ) from error
+
+
+def _tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files that make up the tokenizer, by the names that `Tokenizer.save` gives them."""
+    if path.name == "tokenizer.json":  # its neighbours belong to it
+        path = path.parent
+    if path.is_dir():
+        for kind, names in (("tokenizer.json", _HF_FILES), ("tokenizer.model", _SPM_FILES)):
+            if (path / kind).is_file():
+                return {name: path / name for name in names if (path / name).is_file()}
+        raise ValueError(
+            f"the tokenizer folder {path} has neither tokenizer.json nor tokenizer.model; it "
+            "needs one. Point data.tokenizer to a .model file or to a Hugging Face folder."
+        )
+    if path.is_file():
+        return {"tokenizer.model": path}
+    raise ValueError(
+        f"the tokenizer {path} does not exist; data.tokenizer is a SentencePiece .model file "
+        "or a folder with tokenizer.json. Check the path, or leave it empty to train one."
+    )
+
+
+def _from_files(files: dict[str, bytes]) -> Tokenizer:
+    config = _json_object(files, "special_tokens_map.json") | _json_object(
+        files, "tokenizer_config.json"
+    )
+    build = HuggingFaceTokenizer if "tokenizer.json" in files else SentencePieceTokenizer
+    return build(files, config, _chat_template(files, config))
 
 
 def _json_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
@@ -304,68 +370,7 @@ def _chat_template(files: dict[str, bytes], config: dict[str, Any]) -> str | Non
         return files["chat_template.jinja"].decode()
     template = config.get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError("chat_template in tokenizer_config.json is neither a text nor a list")
     return template
-
-
-_MAX_TRAINING_LINES = 200_000
-_MAX_LINE_CHARS = 4000
-
-
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, model_path: str | Path, user_symbols: Sequence[str] = ()
-) -> Tokenizer:
-    """Trains a unigram model that gives any text back exactly, writes it to `model_path` and loads
-    it.
-
-    Nothing is normalised, white space is kept, unseen characters are spelt in bytes, digits stand
-    alone, and "\n" and `user_symbols` (turn markers) are one piece each. Deterministic in `texts`;
-    at most 200,000 lines, drawn evenly, are used. A corpus too small for `vocab_size` pieces gives
-    a smaller vocabulary.
-    """
-    symbols = list(dict.fromkeys(["\n", *user_symbols]))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(_sample_lines(texts)),
-            model_writer=model,
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            model_type="unigram",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=4 * _MAX_LINE_CHARS,
-            user_defined_symbols=symbols,
-            num_threads=4,  # fixed: the sums, and so the pieces, depend on it
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"cannot train a tokenizer of {vocab_size} pieces ({error}); it needs some text, and "
-            f"pieces for 256 bytes, 3 control tokens, {len(symbols)} symbols and the characters of "
-            "the text. Raise model.vocab_size."
-        ) from error
-    Path(model_path).parent.mkdir(parents=True, exist_ok=True)
-    Path(model_path).write_bytes(model.getvalue())
-    return load_tokenizer(model_path)
-
-
-def _sample_lines(texts: Iterable[str]) -> list[str]:
-    """Lines of all texts, or an even random sample of them (a reservoir with a fixed seed); long
-    lines are cut up."""
-    rng = random.Random(0)
-    sample: list[str] = []
-    num_lines = 0
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _MAX_LINE_CHARS):
-                num_lines += 1
-                if len(sample) < _MAX_TRAINING_LINES:
-                    sample.append(line[start : start + _MAX_LINE_CHARS])
-                elif (place := rng.randrange(num_lines)) < _MAX_TRAINING_LINES:
-                    sample[place] = line[start : start + _MAX_LINE_CHARS]
-    return sample

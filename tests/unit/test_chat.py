@@ -151,18 +151,32 @@ def test_a_template_whose_past_changes_is_refused_by_turn():
 
 
 def test_template_errors():
-    with pytest.raises(ValueError, match="does not compile"):
-        ChatTemplate("{% for %}", name="broken")
+    with pytest.raises(ValueError, match="broken:2 does not compile"):
+        ChatTemplate("\n{% for %}", name="broken")
+    with pytest.raises(ValueError, match=r"nested does not compile .too many statically nested"):
+        ChatTemplate("{% for a in b %}" * 30 + "{% endfor %}" * 30, name="nested")
     template = ChatTemplate(BRACKETS, name="brackets", special_texts=SPECIAL)
-    with pytest.raises(ValueError, match=r"brackets failed \(no role tool\) on turns: user, tool"):
+    with pytest.raises(
+        ValueError, match=r"brackets:9 failed \(no role tool\) on turns: user, tool"
+    ):
         template.render([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
-    with pytest.raises(ValueError, match=r"failed .*unsafe"):
-        ChatTemplate(
-            "{{ messages.__class__.__mro__ }}{{ ''.__class__.__mro__ }}", name="evil"
-        ).render([])
+    for endless in ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'a' * 10**14 }}"):
+        with pytest.raises(ValueError, match=r"t:1 failed .(maximum recursion depth|MemoryError)"):
+            ChatTemplate(endless, name="t").render([])
     with pytest.raises(ValueError, match="overlap"):
         nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
         ChatTemplate(nested, name="nested").render([])
+
+
+def test_what_is_undefined_may_be_tested_but_not_written():
+    for text in ("{{ mesage }}", "{{ 'a' ~ mesage }}", "{{ [mesage] | join }}", "{{ eos_token }}"):
+        with pytest.raises(ValueError, match=r"t:1 failed .*is undefined"):
+            ChatTemplate(text, name="t").render([])
+    asked = (
+        "{% if x %}a{% endif %}{% for y in x %}b{% endfor %}{{ x is defined }}{{ x | default(1) }}"
+    )
+    assert ChatTemplate(asked, name="t").render([]) == "False1"
+    assert ChatTemplate("{{ bos_token }}a", name="t").render([]) == "a"  # a tokenizer without BOS
 
 
 def test_environment_as_tokenizers_templates_expect():

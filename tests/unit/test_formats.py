@@ -122,6 +122,14 @@ def test_messages_with_tools():
     assert record.messages[2]["name"] == "add"
 
 
+def test_tool_arguments_that_cannot_be_tokenised_stay_text():
+    for arguments in ('"\\ud800"', "[" * 100_000, "two plus two"):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        record = parse({"messages": [USER, FOUR | {"tool_calls": [call]}]}, "sft")
+        assert isinstance(record, DialogueRecord)
+        assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_transcripts_round_trip():
     text = "\n\nHuman: a  \n\n b\n\nAssistant: \n\nHuman:  two spaces\n\nHuman: again"
     turns = parse_transcript(text)
@@ -220,6 +228,7 @@ def test_plain_and_gzip_are_told_apart_by_content(tmp_path):
         (b'{"a": 1}\n{"a": \n', 2, "not valid JSON"),
         (b'{"a": 1}\n{"a": 1} {"b": 2}\n', 2, "not valid JSON"),
         (b'{"a": "\\ud800"}\n', 1, "not valid JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}\n', 1, r"not valid JSON \(the key 'c' occurs twice"),
         (b"[" * 100_000, 1, "not valid JSON"),
         (b'{"a": 1}\nPAR1\x15\x04\x00\x00', 2, "byte 7 of the line is 0x00"),
         (b'{"a": 1}\n{"a": "\xe9"}\n', 2, "byte 8 of the line is 0xe9"),
@@ -261,5 +270,9 @@ def test_missing_files(tmp_path):
         expand_files(str(tmp_path))
     with pytest.raises(ValueError, match="it is empty"):
         expand_files([])
+    with pytest.raises(ValueError, match="a device or pipe; data must be regular files"):
+        expand_files("/dev/null")
+    with pytest.raises(ValueError, match=r"cannot be read .File name too long"):
+        expand_files("x" * 300)
     with pytest.raises(ValueError, match="no such file"):
         expand_files("")

@@ -1,6 +1,8 @@
 """Packing and loading: every document once per epoch, whatever the layout; a pure function of step
 and seed."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,8 +28,8 @@ class LengthStore:
     def document_lengths(self, share_prefix):
         return self._lengths
 
-    def document_work(self, share_prefix):
-        return self._lengths.astype(np.float64) ** 2
+    def document_work(self, documents, share_prefix):
+        return self._lengths[documents].astype(np.float64) ** 2
 
     def source_of(self, document):
         return f"file:{document + 1}"
@@ -148,7 +150,8 @@ def test_work_is_balanced_over_ranks():
     ] * 8  # packs of one long document cost four times as much as packs of four
     ranks = [make(lengths, r, 2, global_batch_packs=24) for r in range(2)]
     costs = [
-        sum(ranks[0]._work[p.document_P].sum() for p in loader.micro_batches(0)) for loader in ranks
+        sum(float((np.array(lengths)[p.document_P] ** 2).sum()) for p in loader.micro_batches(0))
+        for loader in ranks
     ]
     assert costs[0] == costs[1]
 
@@ -170,6 +173,64 @@ def test_prefetching_gives_the_same_batches_from_any_step():
     assert not thread.is_alive()
     with pytest.raises(RuntimeError, match="before start"):
         loader.next()
+
+
+def test_the_next_epoch_is_planned_before_it_is_needed(monkeypatch):
+    """The plan of epoch 1 takes as long as it likes: every step of epoch 0 is there meanwhile."""
+    asked, allowed = threading.Event(), threading.Event()
+
+    def slow(lengths, capacity, *, seed, epoch):
+        if epoch == 1:
+            asked.set()
+            assert allowed.wait(60)
+        return pack_documents(lengths, capacity, seed=seed, epoch=epoch)
+
+    expected = make([CAPACITY] * 42)
+    monkeypatch.setattr("nova_sys.data.loader.pack_documents", slow)
+    loader = make([CAPACITY] * 42)  # 42 packs, 4 per step: step 10 spans both epochs
+    loader.start(0)
+    steps = [loader.next()]
+    assert asked.wait(60)  # with the first step, not when the epoch ends
+    steps += [loader.next() for _ in range(9)]
+    assert not allowed.is_set()
+    allowed.set()
+    steps += [loader.next() for _ in range(5)]
+    for step, packs in enumerate(steps):
+        tokens = [pack.tokens_T.tolist() for pack in packs]
+        assert tokens == [pack.tokens_T.tolist() for pack in expected.micro_batches(step)]
+    loader.stop()
+    assert [t.name for t in threading.enumerate() if t.name.startswith("pack-")] == []
+
+
+@pytest.mark.parametrize(("epochs", "planned"), [(1.0, 0), (1.02, 1), (None, 1)])
+def test_no_epoch_is_planned_that_is_not_needed(monkeypatch, epochs, planned):
+    asked = []
+
+    def noting(lengths, capacity, *, seed, epoch):
+        asked.append(epoch)
+        return pack_documents(lengths, capacity, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr("nova_sys.data.loader.pack_documents", noting)
+    loader = make([CAPACITY] * 50, epochs=epochs)
+    loader.start(0)
+    loader.next()
+    loader.stop()
+    assert max(asked) == planned and len(asked) == planned + 1
+
+
+def test_a_plan_that_fails_is_told_where_its_step_is_taken(monkeypatch):
+    def fail(lengths, capacity, *, seed, epoch):
+        if epoch == 1:
+            raise MemoryError("no room")
+        return pack_documents(lengths, capacity, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr("nova_sys.data.loader.pack_documents", fail)
+    loader = make([CAPACITY] * 8)
+    loader.start(0)
+    assert len(loader.next()) == len(loader.next()) == 4
+    with pytest.raises(MemoryError, match="no room"):
+        loader.next()
+    loader.stop()
 
 
 def test_an_error_in_the_thread_reaches_the_caller(monkeypatch):

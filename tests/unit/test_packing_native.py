@@ -90,7 +90,7 @@ def realistic_lengths(num_documents: int, capacity: int) -> np.ndarray:
 def test_every_document_once_and_no_pack_too_full(problem: tuple[np.ndarray, int]) -> None:
     lengths, capacity = problem
     order, offsets = _C.pack_best_fit_decreasing(lengths, capacity)
-    assert order.dtype == offsets.dtype == np.int64
+    assert (order.dtype, offsets.dtype) == (np.int32, np.int64)
     assert np.array_equal(np.sort(order), np.arange(len(lengths)))
     assert offsets[0] == 0 and offsets[-1] == len(lengths)
     assert (np.diff(offsets) > 0).all()
@@ -205,6 +205,42 @@ def test_other_threads_run_meanwhile() -> None:
     thread.join()
     inside = [moment for moment in ticks_s if start_s < moment < end_s]
     assert len(inside) >= 3  # with the GIL held: none
+
+
+@given(packing_problems(), st.integers(0, 3))
+def test_redrawn_packs_hold_the_same_lengths(problem: tuple[np.ndarray, int], seed: int) -> None:
+    lengths, capacity = problem
+    order, offsets = _C.pack_best_fit_decreasing(lengths, capacity)
+    rng = np.random.default_rng(seed)
+    documents = rng.permutation(len(lengths)).astype(np.int32)
+    packs = rng.permutation(len(offsets) - 1)
+    redrawn, ends = _C.redraw_packs(lengths, order, offsets, documents, packs)
+    assert (redrawn.dtype, ends.dtype) == (np.int32, np.int64)
+    waiting = {length: [d for d in documents if lengths[d] == length] for length in set(lengths)}
+    before = packs_of(order, offsets)
+    expected = [[waiting[lengths[d]].pop(0) for d in pack] for pack in before]
+    assert [list(pack) for pack in packs_of(redrawn, ends)] == [expected[i] for i in packs]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (1, [0, 0, 1], r"order\[1\] is 0; it must be a permutation of 0\.\.2"),
+        (2, [0, 2, 2], "offsets must ascend from 0"),
+        (2, [0, 4, 3], "offsets must ascend from 0"),
+        (3, [0, 1, 3], r"documents\[2\] is 3"),
+        (3, [0, 1], "must be equally long"),
+        (4, [1, -1], r"packs\[1\] is -1"),
+        (0, [5, 5, -1], "lengths go from -1 to 5"),
+    ],
+)
+def test_what_is_no_plan_is_refused(place: int, value: list[int], message: str) -> None:
+    given = [[5, 5, 9], [0, 1, 2], [0, 2, 3], [2, 1, 0], [1, 0]]
+    given[place] = value
+    types = (np.int32, np.int32, np.int64, np.int32, np.int64)
+    arrays = [np.array(values, dtype) for values, dtype in zip(given, types, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        _C.redraw_packs(*arrays)
 
 
 works = st.lists(st.floats(0, 1e6, allow_subnormal=False), max_size=48)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_sys.data.render import Renderer, TokenPart
-from nova_sys.data.store import StoreSpec, TokenStore, build_store, fit_lengths, truncate
-from nova_sys.data.token_store import ATTENTION_PAIRS_PER_TOKEN
-from nova_sys.data.tokenizer import train_sentencepiece
+from nova_sys.data.encode import TokenPart
+from nova_sys.data.render import Renderer
+from nova_sys.data.store import StoreSpec, build_store
+from nova_sys.data.token_store import ATTENTION_PAIRS_PER_TOKEN, TokenStore
+from nova_sys.data.tokenizer_training import train_sentencepiece
+from nova_sys.data.truncate import fit_lengths, truncate
 
 HH = "\n\nHuman: what is 2+2?\n\nAssistant: five\n\nHuman: sure?\n\nAssistant:"
 USER = {"role": "user", "content": "2+2?"}
@@ -233,7 +235,7 @@ def test_key_covers_what_shapes_the_tokens(tokenizer, tmp_path):
         replace(base, tokenizer=other), replace(base, kind="sft"), replace(base, pack_length=128),
         replace(base, max_length=32), replace(base, template="dialogue"),
         replace(base, template="chatml"), replace(base, template="none"),
-        replace(base, share_prefix=False), replace(base, train=[str(path)] * 2),
+        replace(base, share_prefix=False), replace(base, train=[str(path), str(tmp_path / "copy.jsonl")]),
     ]  # fmt: skip
     path.write_text(json.dumps(PAIR) + "\n")
     changed.append(replace(base))
@@ -273,8 +275,8 @@ def test_damaged_stores_are_refused(tokenizer, tmp_path):
         TokenStore.open(tmp_path / "store")
 
 
-def test_many_records_cross_batches(build, monkeypatch):
-    monkeypatch.setattr("nova_sys.data.store._RECORDS_PER_BATCH", 3)
+def test_many_records_cross_blocks(build, monkeypatch):
+    monkeypatch.setattr("nova_sys.data.lines.BLOCK_BYTES", 150)  # three records
     records = [PAIR | {"chosen": str(i)} for i in range(11)]
     records[3:3] = [PAIR | {"rejected": "4"}]
     store = build([r for r in records if r["chosen"] != "5"])
@@ -301,7 +303,9 @@ def test_lengths_and_work(build):
             work.append(lengths[-1] + pairs / ATTENTION_PAIRS_PER_TOKEN)
         assert store.document_lengths(share).dtype == np.int32
         assert store.document_lengths(share).tolist() == lengths
-        np.testing.assert_allclose(store.document_work(share), work, rtol=1e-12)
+        np.testing.assert_allclose(store.document_work(np.arange(3), share), work, rtol=1e-12)
+        backwards = store.document_work(np.array([2, 0]), share)
+        np.testing.assert_allclose(backwards, [work[2], work[0]], rtol=1e-12)
 
 
 # The truncation rule

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nova_sys.data.tokenizer import load_tokenizer, train_sentencepiece
+from nova_sys.data.tokenizer import load_tokenizer
+from nova_sys.data.tokenizer_training import train_sentencepiece
 
 CORPUS = [
     "\n\nHuman: what is 12 + 30?\n\nAssistant: it is 42, of course",
@@ -218,3 +219,42 @@ def test_bad_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path)
+    for template in (5, [5], [{"name": "default", "template": 5}]):
+        write_hf(tmp_path, {"chat_template": template})
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_may_be_named_itself(hf, tmp_path):
+    hf.save(tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == hf.fingerprint
+
+
+def test_ids_end_somewhere(tmp_path):
+    write_hf(tmp_path, {})
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    value["model"]["vocab"]["a"] = 1 << 22
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"its largest id is 4,194,304.* below 4,194,304"):
+        load_tokenizer(tmp_path)
+
+
+def test_conflicts_between_vocabularies(spm, hf, tmp_path):
+    assert spm.conflict_with(spm) is None
+    assert "id 0 is '<unk>' in the one and '<|begin|>' in the other" in spm.conflict_with(hf)
+    value = json.loads(hf._files["tokenizer.json"])
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 5000, "content": "<more>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    larger = load_tokenizer(tmp_path)
+    assert larger.vocab_size > hf.vocab_size  # added tokens are no conflict
+    assert larger.conflict_with(hf) is None and hf.conflict_with(larger) is None
+
+
+def test_a_text_without_pieces_is_refused(tmp_path):
+    model = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(ValueError, match=r"the tokenizer fails on the text \(.*UNK"):
+            encode("b")
