@@ -1,32 +1,50 @@
 """Checkpoints: Megatron's distributed format, atomic, asynchronous, layout-free, the last k kept.
 
 A checkpoint is the folder `<run.dir>/checkpoints/step_00000050`. It is written under a hidden name beside it and renamed when
-every rank has finished, so a folder with that name is complete. Inside: Megatron's shards, `nova.json` (what it is a
-checkpoint of), `config.toml` and `tokenizer/`, so that the folder alone is enough to evaluate, generate, or start another run.
+every rank has finished and every byte is on the disk, so a folder with that name is complete. Inside: Megatron's shards,
+`nova.json` (what it is a checkpoint of, and the sizes of its files), `config.toml` and `tokenizer/`, so that the folder alone is
+enough to evaluate, generate, or start another run.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
+import traceback
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from nova_sys.checkpoint_files import (
+    DESCRIPTION,
+    Description,
+    all_checkpoints,
+    checkpoints_dir,
+    describe_model,
+    file_sizes,
+    latest_checkpoint,
+    read_description,
+    refuse_damaged,
+    refuse_harmful,
+    sync_to_disk,
+)
 from nova_sys.config import CheckpointConfig, ModelConfig
+from nova_sys.forked import ForkedCall
 from nova_sys.optimizer import allocate_state, load_optimizer
+from nova_sys.shards import PlannedShards, bytes_on_disk, plan_shards, read_shards
 
-FORMAT = 1
-DESCRIPTION = "nova.json"
+MARGIN_BYTES = 1 << 20
+"""For the small files."""
+PROBE_BYTES = 1 << 16
 # The optimizer state as one tensor per weight, so that another layout can read it.
 RESHARDABLE = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -35,68 +53,40 @@ RESHARDABLE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What a checkpoint says of itself. `identity` is unique to the save: caches of what these weights computed are keyed by it."""
-
-    step: int
-    model: dict[str, Any]
-    vocab_size: int
-    run: dict[str, Any]
-    """`start.run_fields`: what a continuation must have the same."""
-    data_key: str
-    start_identity: str
-    """Names the weights of step 0, which the reference log-probs belong to."""
-    world_size: int
-    identity: str
-    format: int = FORMAT
+def _refuse_unreadable(checkpoint: Path) -> None:
+    refuse_damaged(checkpoint)
+    refuse_harmful(checkpoint)
 
 
-def checkpoints_dir(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+def _read(state: dict[str, Any], checkpoint: Path) -> Any:
+    """Megatron's loading, of a checkpoint that rank 0 has looked at first. Raises: ValueError on every rank."""
+    _on_rank_0(lambda: _refuse_unreadable(checkpoint))
+    return read_shards(state, checkpoint)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    complete = sorted(
-        p for p in checkpoints_dir(run_dir).glob("step_*") if (p / DESCRIPTION).is_file()
-    )
-    return complete[-1] if complete else None
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or a run folder's newest checkpoint. Raises: ValueError when there is none."""
-    path = Path(path)
-    if (path / DESCRIPTION).is_file():
-        return path
-    newest = latest_checkpoint(path)
-    if newest is None:
-        raise ValueError(
-            f"{path} is not a checkpoint (no {DESCRIPTION}) and no run folder with one (no checkpoints/step_*); "
-            "give a folder like runs/NAME or runs/NAME/checkpoints/step_00000050"
-        )
-    return newest
-
-
-def read_description(checkpoint: Path) -> Description:
-    fields = json.loads((checkpoint / DESCRIPTION).read_text())
-    if fields.get("format") != FORMAT:
-        raise ValueError(
-            f"{checkpoint}: checkpoint format {fields.get('format')}, this version reads {FORMAT}"
-        )
-    return Description(**fields)
-
-
-def describe_model(model: ModelConfig) -> dict[str, Any]:
-    """The fields that decide the weights' shapes and meaning."""
-    fields = asdict(model)
-    for how_it_began in ("init_from", "init_std", "kv_shift_init", "vocab_size"):
-        fields.pop(how_it_began)
-    return fields
+def _on_rank_0(work: Callable[[], None]) -> None:
+    """Raises: the ValueError that `work` raised there, on every rank."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except ValueError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)  # now every rank knows how it went
+    if problem[0] is not None:
+        raise ValueError(problem[0])
 
 
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    """Tensors only. Megatron's layers also offer an `_extra_state` each, for FP8: empty here, and pickled."""
+    return {
+        f"model{index}": {
+            key: value
+            for key, value in chunk.sharded_state_dict().items()
+            if not isinstance(value, ShardedObject)
+        }
+        for index, chunk in enumerate(chunks)
+    }
 
 
 def load_weights(
@@ -127,10 +117,29 @@ def load_weights(
         state = {
             part: {k: v for k, v in s.items() if "mix_K2" not in k} for part, s in state.items()
         }
-    loaded: Any = dist_checkpointing.load(state, str(checkpoint))
+    loaded = _read(state, checkpoint)
     for index, chunk in enumerate(chunks):
-        missing, surplus = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        assert not surplus and all("mix_K2" in name for name in missing), (missing, surplus)
+        _fill(chunk, loaded[f"model{index}"], may_lack=("_extra_state", "mix_K2"))
+
+
+def _fill(chunk: Any, weights: dict[str, Any], may_lack: tuple[str, ...]) -> None:
+    missing, surplus = chunk.load_state_dict(weights, strict=False)
+    unexpected = [name for name in missing if not any(part in name for part in may_lack)]
+    assert not surplus and not unexpected, (unexpected, surplus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saving:
+    """A save that is being written. final: the folder's name when it is complete; num_bytes: of all ranks together."""
+
+    description: Description
+    partial: Path
+    final: Path
+    planned: PlannedShards
+    num_bytes: int
+    config_text: str
+    tokenizer_dir: Path
+    call: ForkedCall[list[Any]]
 
 
 class Checkpointer:
@@ -139,17 +148,16 @@ class Checkpointer:
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, *, rank: int, world_size: int
     ) -> None:
-        self.dir, self.config, self.rank, self.world_size = (
-            checkpoints_dir(run_dir),
-            config,
-            rank,
-            world_size,
-        )
-        self._queue = AsyncCallsQueue()
+        self.run_dir, self.dir = run_dir, checkpoints_dir(run_dir)
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self._saving: _Saving | None = None
         self._last_step = -1
         if rank == 0:
             for torn in self.dir.glob(".step_*"):  # left by a run that was killed while it saved
                 shutil.rmtree(torn, ignore_errors=True)
+
+    def folder(self, step: int) -> Path:
+        return self.dir / f"step_{step:08d}"
 
     def save(
         self,
@@ -160,69 +168,135 @@ class Checkpointer:
         config_text: str,
         tokenizer_dir: Path,
     ) -> None:
-        """Writes a checkpoint; in the background if the config says so (see `poll`)."""
+        """Writes a checkpoint; in the background if the config says so (see `poll`).
+
+        Raises: ValueError on every rank when the disk is full or refuses; also about the save that was in the background.
+        """
         if description.step == self._last_step:
             return
         self._last_step = description.step
         self.wait()  # one save at a time
-        final = self.dir / f"step_{description.step:08d}"
-        partial = self.dir / f".{final.name}.partial"
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()  # now the folder exists for every rank
+        final = self.folder(description.step)
+        # a name of its own: a writer that a killed run may have left on another machine cannot write into it
+        partial = self.dir / f".{final.name}.{description.identity[:12]}"
         state = self._state(chunks, optimizer, description.step)
-        request = dist_checkpointing.save(
-            state,
-            str(partial),
-            async_sharded_save=self.config.asynchronous,
-            validate_access_integrity=True,
+        num_bytes = self._sum_over_ranks(bytes_on_disk(state))
+        _on_rank_0(lambda: self._make_room(partial, num_bytes))
+        planned = plan_shards(state, partial)
+        self._saving = _Saving(
+            description=description,
+            partial=partial,
+            final=final,
+            planned=planned,
+            num_bytes=num_bytes,
+            config_text=config_text,
+            tokenizer_dir=tokenizer_dir,
+            call=ForkedCall(planned.write),
         )
-
-        def publish() -> None:
-            if self.rank == 0:
-                (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1))
-                (partial / "config.toml").write_text(config_text)
-                shutil.copytree(tokenizer_dir, partial / "tokenizer")
-                partial.rename(final)
-                self._prune()
-
-        if request is None:
-            dist.barrier()  # now every rank's shards are on disk
-            publish()
-            dist.barrier()  # now the checkpoint has its name
-        else:
-            request.add_finalize_fn(publish)
-            self._queue.schedule_async_request(request)
+        if not self.config.asynchronous:
+            self.wait()
 
     def poll(self) -> None:
         """Publishes a background save that has finished. Cheap; called once per step."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        if self._saving and not self._sum_over_ranks(self._saving.call.is_running()):
+            saving, self._saving = self._saving, None
+            self._finish(saving)
 
     def wait(self) -> None:
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        while self._saving:
+            self.poll()
+            time.sleep(0.02)
 
     def close(self) -> None:
-        self.wait()
-        self._queue.close()
+        """Ends a save that is still being written, after an error: the run is not there to publish it."""
+        if self._saving:
+            self._saving.call.kill()
+            if self.rank == 0:
+                shutil.rmtree(self._saving.partial, ignore_errors=True)
+            self._saving = None
+
+    def _make_room(self, partial: Path, num_bytes: int) -> None:
+        """On rank 0. Raises: ValueError when the folder cannot be written to, or so many bytes do not fit."""
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            probe = partial / "probe"  # a quota does not show in the free space
+            probe.write_bytes(bytes(PROBE_BYTES))
+            probe.unlink()
+            if shutil.disk_usage(partial).free >= num_bytes + MARGIN_BYTES:
+                return
+            problem = "the disk is too full"
+        except OSError as error:
+            problem = str(error)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(self._not_saved(partial, problem, num_bytes))
+
+    def _finish(self, saving: _Saving) -> None:
+        """Every rank has written, or failed. Raises: ValueError on every rank when one has failed, or the disk does now."""
+        written: Any
+        try:
+            written = saving.call.result()
+        except Exception as error:
+            written = error
+        everybody: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(written, everybody)
+        _on_rank_0(lambda: self._publish(saving, everybody or []))
+
+    def _publish(self, saving: _Saving, written: list[Any]) -> None:
+        """On rank 0: the small files, then the name."""
+        partial = saving.partial
+        try:
+            for problem in (w for w in written if isinstance(w, Exception)):
+                raise problem
+            saving.planned.finish(written)
+            (partial / "config.toml").write_text(saving.config_text)
+            shutil.copytree(saving.tokenizer_dir, partial / "tokenizer")
+            described = replace(saving.description, files=file_sizes(partial))
+            (partial / DESCRIPTION).write_text(json.dumps(asdict(described), indent=1))
+            sync_to_disk(partial)
+            partial.rename(saving.final)
+            sync_to_disk(self.dir)
+        except OSError as error:
+            problem = str(error)
+        except Exception:
+            problem = traceback.format_exc()
+        else:
+            self._prune()
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(self._not_saved(partial, problem, saving.num_bytes))
+
+    def _not_saved(self, partial: Path, problem: str, num_bytes: int) -> str:
+        free = shutil.disk_usage(self.run_dir).free
+        newest = latest_checkpoint(self.run_dir)
+        needs = f"It needs {num_bytes + MARGIN_BYTES:,} bytes; {free:,} are free on that disk, less if a quota is smaller"
+        goes_on = f"continues from {newest}" if newest else "starts from the beginning"
+        return (
+            f"the checkpoint {partial} could not be saved: {problem}. {needs}. Make room there (checkpoint.keep={self.config.keep} "
+            f"older ones are kept), or see to the disk; the same command then {goes_on}"
+        )
+
+    def _sum_over_ranks(self, number: int) -> int:
+        total = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
+        dist.all_reduce(total)  # now the sum over the job
+        return int(total)
 
     def resume(self, checkpoint: Path, chunks: Sequence[Any], optimizer: Any) -> int:
-        """Restores weights, optimizer and (on the same number of ranks) random states. Returns the number of steps done."""
+        """Restores weights, optimizer and (on as many ranks, of the same kind) random states. Returns the number of steps done."""
         saved = read_description(checkpoint)
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
         allocate_state(optimizer)
         state = self._state(chunks, optimizer, 0, is_loading=True)
-        if saved.world_size != self.world_size:
-            state.pop("rng")
-        loaded: Any = dist_checkpointing.load(state, str(checkpoint))
+        if (saved.world_size, saved.device) != (self.world_size, kind):
+            del state["random"]
+        loaded = _read(state, checkpoint)
         for index, chunk in enumerate(chunks):
-            chunk.load_state_dict(loaded[f"model{index}"])
+            _fill(chunk, loaded[f"model{index}"], may_lack=("_extra_state",))
         load_optimizer(optimizer, loaded["optimizer"])
-        if "rng" in loaded:
-            torch.set_rng_state(loaded["rng"]["cpu"])
-            torch.cuda.set_rng_state(loaded["rng"]["cuda"])
-            _rng_tracker().set_states(loaded["rng"]["tracker"])
+        if "random" in loaded:
+            states = loaded["random"]
+            torch.set_rng_state(states.pop("cpu"))
+            torch.cuda.set_rng_state(states.pop("cuda"))
+            _rng_tracker().set_states(states)
         return saved.step
 
     def _state(
@@ -232,23 +306,25 @@ class Checkpointer:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=RESHARDABLE
         )
-        random = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(),
-            "tracker": _rng_tracker().get_states(),
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
+        random = {**_rng_tracker().get_states(), **own}  # parallel.py has seeded them
+        place = (0, self.rank, self.world_size)  # row `rank` of (world_size, bytes)
+        state["random"] = {
+            name: ShardedTensor.from_rank_offsets(f"random.{name}", s, place, prepend_axis_num=1)
+            for name, s in random.items()
         }
-        state["rng"] = ShardedObject("rng", random, (self.world_size,), (self.rank,))
         state["step"] = step
         return state
 
     def _prune(self) -> None:
-        for old in sorted(self.dir.glob("step_*"))[: -self.config.keep]:
-            hidden = old.rename(old.with_name(f".{old.name}.old"))  # at no moment half a checkpoint
-            shutil.rmtree(hidden, ignore_errors=True)
+        for old in all_checkpoints(self.run_dir)[: -self.config.keep]:
+            with suppress(OSError):  # somebody else removed it
+                hidden = old.rename(old.with_name(f".{old.name}.old"))  # at no moment half of one
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _rng_tracker() -> Any:
-    """Megatron's random states by name; parallel.py has seeded them."""
+    """Megatron's random states by name."""
     return get_cuda_rng_tracker()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -75,12 +77,13 @@ def train(
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Tokenise and pack a recipe's data into its cache, and report what was found."""
-    from nova_sys.config_io import load_recipe
+    from nova_sys.config_io import check, load_recipe
     from nova_sys.data.packing import pack_documents
     from nova_sys.data.prepare import prepare_data
     from nova_sys.start import starting_tokenizer
 
     config = load_recipe(recipe, overrides or [])
+    check(config, config.parallel.tensor * config.parallel.pipeline)  # any machine may prepare
     capacity = config.data.pack_length
     store = prepare_data(config, starting_tokenizer(config)).store
     lengths = store.document_lengths(config.data.share_prefix)
@@ -131,24 +134,61 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="F", help="A file with one prompt per line.")
+        str | None,
+        typer.Option(
+            metavar="F", help="More prompts: one per line, or JSON lines. -: standard input."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most probable token. 1: the model's distribution.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Continuations per prompt.")] = 1,
     chat: Annotated[
-        bool, typer.Option("--chat", help="A prompt is a user's turn for the chat template.")
+        bool, typer.Option("--chat", help="A text is a user's turn for the chat template.")
+    ] = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to cache at a time; 65536 unless given.")
+    ] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines instead of text.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write JSON lines to this file.")
+    ] = None,
+    with_ids: Annotated[
+        bool, typer.Option("--with-ids", help="Add token ids to the JSON lines.")
     ] = False,
     overrides: Overrides = None,
+    nproc: Nproc = 1,
 ) -> None:
-    """Continue prompts greedily with a checkpoint's model."""
-    texts = [*(prompts or []), *(_lines(file) if file else [])]
-    if not texts:
-        raise ValueError("no prompts: give them after the checkpoint, or --file with one per line")
-    from nova_sys.generate import generate_greedy
+    """Continue prompts with a checkpoint's model, greedily or by sampling.
 
-    asked = [[{"role": "user", "content": text}] for text in texts] if chat else texts
-    answers = generate_greedy(checkpoint, asked, max_new_tokens, overrides=overrides or [])
-    for prompt, answer in zip(texts, answers, strict=True):
-        typer.echo(f"{prompt}{answer}")
+    Prompts come from the command line, --file, or standard input.
+    """
+    if with_ids and not (json_lines or out):
+        raise ValueError("--with-ids: adds to JSON lines; give --json or --out OUT.jsonl too")
+    argv = [str(checkpoint), *(f"--prompt={text}" for text in prompts or [])]
+    argv += [f"--max-new-tokens={max_new_tokens}", f"--temperature={temperature}"]
+    argv += [f"--top-p={top_p}", f"--seed={seed}", f"--num-samples={num_samples}"]
+    argv += [f"--batch-tokens={batch_tokens}"] if batch_tokens is not None else []
+    argv += [f"--out={out}"] if out else []
+    flags = {"--chat": chat, "--json": json_lines, "--with-ids": with_ids}
+    argv += [name for name, given in flags.items() if given]
+    with tempfile.TemporaryDirectory(prefix="nova_") as folder:
+        if file == "-" or (file is None and not prompts and not sys.stdin.isatty()):
+            file = str(Path(folder) / "stdin")  # a file, because every rank reads it
+            Path(file).write_bytes(sys.stdin.buffer.read())
+        if file is None and not prompts:
+            raise ValueError(
+                "no prompts: give them after the checkpoint, with --file, or on standard input"
+            )
+        argv += [f"--file={file}"] if file is not None else []
+        raise typer.Exit(launch("nova_sys.generate", [*argv, *_set_flags(overrides)], nproc))
 
 
 @app.command()
@@ -181,15 +221,6 @@ def main() -> None:
 
 def _set_flags(overrides: list[str] | None) -> list[str]:
     return [part for override in overrides or [] for part in ("--set", override)]
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(
-            f"--file {file}: cannot be read ({error.strerror}); give a text file"
-        ) from None
 
 
 if __name__ == "__main__":

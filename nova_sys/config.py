@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to it: the same size for every tensor-parallel size up to 128, so checkpoints do not depend on it."""
+REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 FORBID_UNKNOWN_KEYS = {"extra": "forbid"}  # read by the validator in config_io
 
 
@@ -71,6 +72,11 @@ class DataConfig:
     """Longest prefix + response in tokens; 0: pack_length. Longer documents are truncated by the rule in data/store.py, and counted."""
     share_prefix: bool = True
     """Store and compute a document's prefix once for all its responses; False gives every response its own copy."""
+    max_skipped: float = 0.05
+    """Largest share of a run's records that may be unusable (no common start, identical or empty answers, ...): they are
+    counted and left out, and above this share the run stops before its first step."""
+    workers: int = 0
+    """Processes that tokenise; 0: one per core of the machine that prepares the data."""
     cache_dir: str = ""
     """Tokenised data and reference log-probs, keyed by content. Empty: <run.dir>/cache."""
 
@@ -80,12 +86,21 @@ class AlgoConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     name: Literal["sft", "dpo"] = "dpo"
-    loss: Literal["sigmoid"] = "sigmoid"
-    """Preference loss, a key of nova_kernels.preference_loss.LOSSES."""
+    loss: Literal["sigmoid", "conservative", "robust", "hinge", "ipo", "simpo", "orpo"] = "sigmoid"
+    """Loss of a preference pair; equations in nova_kernels/preference_loss. simpo and orpo read no reference: there `beta` scales
+    the rewards (simpo) or weighs the odds-ratio term (orpo)."""
     beta: float = 0.1
     """Strength of the pull towards the reference, 1/nats."""
     reference: Literal["cache", "online"] = "cache"
     """cache: reference log-probs computed once, kept on disk. online: a frozen copy of the initial weights stays in memory."""
+    label_smoothing: float = 0.0
+    """conservative and robust: the share of pairs whose labels are swapped, above 0 and below 0.5."""
+    target_margin: float = 0.0
+    """simpo: its gamma, by how much the chosen answer's reward should be larger."""
+    length_normalize: bool = False
+    """Rewards from log-probs per token instead of their sums. ipo, simpo and orpo always do that."""
+    nll_weight: float = 0.0
+    """Weight of the chosen answer's NLL per token, added to the loss (RPO); orpo has one such term of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +113,20 @@ class TrainConfig:
     global_batch_packs: int = 8
     """Packs per optimizer step over all data-parallel ranks; a multiple of the data-parallel size."""
     seed: int = 1234
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. fp8: not in this version, and refused."""
     recompute: Literal["none", "selective", "full"] = "none"
     """selective: attention only. full: blocks of `recompute_layers` layers keep only their input."""
     recompute_layers: int | Literal["auto"] = "auto"
     """Layers per recomputed block. auto: round(sqrt(layers)), the Baichuan alignment report's optimum."""
+    kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """Implementation of the ops of nova_kernels; auto: for each op the fastest that has been proven here."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite, before any weight changes: stop, or leave this step's update out and go on
+    (after 10 such steps in a row the run stops all the same)."""
     check_first_loss: bool = True
-    """DPO: stop when the first step's loss is not ln 2 (wrong reference, dropout, or a parallelism fault)."""
+    """DPO: stop when the first step's loss is not ln 2, or what `algo.loss` gives at a margin of 0 (wrong reference, dropout, or a
+    parallelism fault)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +160,7 @@ class ParallelConfig:
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks by token."""
     distributed_optimizer: bool = True
     timeout_s: float = 600.0
-    """A collective that waits longer ends the job."""
+    """When a rank has not answered for so long, every rank writes where it was into <run.dir>/hangs/ and the job ends."""
 
 
 @dataclass(frozen=True, kw_only=True)

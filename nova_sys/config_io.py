@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import json
+import re
 import sys
 import types
 import typing
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nova_sys import config as config_module
 from nova_sys.config import RunConfig
-from nova_sys.config_rules import broken_rules
+from nova_sys.config_rules import broken_rules, profile_problems
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,9 @@ TYPES: dict[str, Any] = {  # "data.train" -> str | list[str]
     for section, cls in SECTIONS.items()
     for field in dataclasses.fields(cls)
 }
+
+MAX_BITS = 64
+"""Of a whole number; TOML itself promises no more."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises: ValueError that lists every problem found in the file and in the overrides.
     """
-    table = _read_toml(Path(path))
+    text = _read_text(Path(path))
+    table = _parse_toml(Path(path), text)
     problems = [problem for text in overrides if (problem := _apply_override(table, text))]
-    problems += _remove_unknown(table)
+    found = {**_remove_giants(table), **_remove_unknown(table)}
     config = None
     try:
         config = _adapter().validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
-        problems += _type_problems(error, table)
+        found |= _type_problems(error, table)
+    overridden = {override.partition("=")[0].strip() for override in overrides}
+    for key, problem in found.items():
+        place = "in --set" if key in overridden else _place(path, text, key)
+        problems.append(f"{problem} ({place})")
     if config is None or problems:
         raise ValueError(_listed(problems, f"in recipe {path}"))
     return config
@@ -77,7 +86,15 @@ def check(config: RunConfig, world_size: int) -> None:
     problems = broken_rules(config, world_size)
     if problems:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        raise ValueError(_listed(problems, f"in this config for {processes}"))
+        where = f"in this config for {processes}"
+        one = [f"{problems[0]} ({where})"]
+        raise ValueError(_listed(problems if len(problems) > 1 else one, where))
+
+
+def check_profile(config: RunConfig, num_steps: int) -> None:
+    """Raises: ValueError when the run of so many steps never reaches `log.profile_steps`."""
+    for problem in profile_problems(config, num_steps):
+        raise ValueError(problem)
 
 
 def to_toml(config: RunConfig) -> str:
@@ -98,65 +115,124 @@ def describe_fields() -> list[FieldDoc]:
     ]
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")  # editors on Windows begin a file with a byte order mark
     except FileNotFoundError:
         problem = "there is no such file; give the path of a TOML recipe"
     except IsADirectoryError:
         problem = "this is a folder; give the path of a TOML file"
     except OSError as error:
-        problem = f"cannot be read ({error.strerror}); check its permissions"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problem = f"not valid TOML: {error}; correct that place"
+        problem = f"cannot be read ({error.strerror}); check the path and its permissions"
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        problem = f"not UTF-8 text, byte 0x{error.object[error.start]:02x} in line {line}"
+        problem = f"{problem}; a recipe is TOML, which is UTF-8: save it as such"
     raise ValueError(f"recipe {path}: {problem}")
+
+
+def _parse_toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        line = re.search(r" \(at line (\d+), ", str(error))
+        where = f"{path}:{line[1]}" if line else str(path)
+        raise ValueError(f"recipe {where}: not valid TOML: {error}; correct that place") from None
+
+
+def _place(path: str | Path, text: str, key: str) -> str:
+    """`path:line` of `section.name`, or of a section. tomllib tells no lines: this looks for them."""
+    section = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            section = header[1]
+        assigned = re.match(r"\s*([\w.-]+)\s*=", line)
+        here = f"{section}.{assigned[1]}".strip(".") if assigned else section
+        if here == key:
+            return f"{path}:{number}"
+    return str(path)
 
 
 def _apply_override(table: dict[str, Any], override: str) -> str | None:
     """Puts `a.b=c` into the table; returns what is wrong with its form, if anything."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if equals and len(parts) == 2 and all(parts):
-        section = table.setdefault(parts[0], {})
-        if isinstance(section, dict):
-            section[parts[1]] = _parse_value(text.strip())
-        return None
-    nearest = _nearest(key.strip())
-    remedy = f"did you mean {nearest}={text.strip()}?" if nearest else "for example train.steps=100"
-    return f"--set {override}: must read section.key=value; {remedy}"
+    if any("\ud800" <= character <= "\udfff" for character in override):  # bytes of the shell
+        return f"--set {override!a}: must be UTF-8 text; rename the file or folder"
+    key, equals, text = (part.strip() for part in override.partition("="))
+    parts = key.split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        nearest = _nearest(key)
+        remedy = f"did you mean {nearest}={text or 'VALUE'}?" if nearest else "as train.steps=100"
+        return f"--set {override}: must read section.key=value; {remedy}"
+    value = _parse_value(text)
+    meant = (text[:1], text[-1:]) in (("[", "]"), ('"', '"'), ("'", "'")) or text[:2] in (
+        '["',
+        "['",
+    )
+    if value is text and meant:
+        remedy = 'put texts in a list into quotes, such as ["a.jsonl", "b.jsonl"]'
+        return f"--set {override}: must be valid TOML inside brackets and quotes; {remedy}"
+    section = table.setdefault(parts[0], {})
+    if isinstance(section, dict):
+        section[parts[1]] = value
+    return None
 
 
 def _parse_value(text: str) -> Any:
+    """The TOML value, or the text itself where it is none."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if list(parsed) == ["value"] else text
 
 
 def _listed(problems: list[str], where: str) -> str:
     if len(problems) == 1:
-        return f"{problems[0]} ({where})"
+        return problems[0]
     return "\n".join([f"{len(problems)} problems {where}:", *(f"  {line}" for line in problems)])
 
 
-def _remove_unknown(table: dict[str, Any]) -> list[str]:
-    """Takes out of `table` what no dataclass knows; one line for each key taken out."""
-    problems = []
+def _remove_unknown(table: dict[str, Any]) -> dict[str, str]:
+    """Takes out of `table` what no dataclass knows; the problem of each key taken out."""
+    problems = {}
     for section, body in list(table.items()):
         if section in SECTIONS and isinstance(body, dict):
-            unknown = [name for name in body if f"{section}.{name}" not in TYPES]
-            problems += [_unknown_key(f"{section}.{name}", body.pop(name)) for name in unknown]
+            unknown = [f"{section}.{name}" for name in body if f"{section}.{name}" not in TYPES]
+            problems |= {key: _unknown_key(key, body.pop(key.partition(".")[2])) for key in unknown}
             continue
         del table[section]
         if section in SECTIONS:
             remedy = f"write [{section}] and its keys on lines of their own below it"
-            problems.append(f"{section} = {_show(body)}: must be a section; {remedy}")
+            problems[section] = f"{section} = {_show(body)}: must be a section; {remedy}"
         elif isinstance(body, dict) and body:
-            problems += [_unknown_key(f"{section}.{name}", value) for name, value in body.items()]
+            problems |= {
+                f"{section}.{name}": _unknown_key(f"{section}.{name}", value)
+                for name, value in body.items()
+            }
         else:
-            problems.append(_unknown_key(section, body))
+            problems[section] = _unknown_key(section, body)
     return problems
+
+
+def _remove_giants(table: dict[str, Any], section: str = "") -> dict[str, str]:
+    """Takes out whole numbers that no program can use; Python cannot even print the longest."""
+    problems = {}
+    for name, value in list(table.items()):
+        key = f"{section}.{name}".strip(".")
+        if isinstance(value, dict):
+            problems |= _remove_giants(value, key)
+        elif _holds_giant(value):
+            del table[name]
+            rule = f"a whole number has at most {MAX_BITS} bits; correct it"
+            problems[key] = f"{key} is set to a larger number than can be read: {rule}"
+    return problems
+
+
+def _holds_giant(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_giant, value))
+    return isinstance(value, int) and value.bit_length() > MAX_BITS
 
 
 def _unknown_key(key: str, value: Any) -> str:
@@ -190,14 +266,14 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
-def _type_problems(error: ValidationError, table: dict[str, Any]) -> list[str]:
+def _type_problems(error: ValidationError, table: dict[str, Any]) -> dict[str, str]:
     # a union reports each of its members, a list each of its items: one line per key is enough
     keys = dict.fromkeys((str(item["loc"][0]), str(item["loc"][1])) for item in error.errors())
-    problems = []
+    problems = {}
     for section, name in keys:
         key, value = f"{section}.{name}", table[section][name]
         rule = f"must be {_type_text(TYPES[key])}"
-        problems.append(f"{key} = {_show(value)}: {rule}; {_type_remedy(key, value)}")
+        problems[key] = f"{key} = {_show(value)}: {rule}; {_type_remedy(key, value)}"
     return problems
 
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
 
-from nova_sys.config import VOCAB_MULTIPLE, RunConfig
+from nova_sys.config import REFERENCE_FREE_LOSSES, VOCAB_MULTIPLE, AlgoConfig, RunConfig
+
+LOSSES_WITH = {  # options of [algo] that only these values of algo.loss read
+    "label_smoothing": ("conservative", "robust"),
+    "target_margin": ("simpo",),
+    "length_normalize": ("sigmoid", "conservative", "robust", "hinge"),
+}
 
 POSITIVE = [
     "model.num_layers",
@@ -32,9 +41,14 @@ NOT_NEGATIVE = [
     "model.vocab_size",
     "model.init_std",
     "data.max_length",
+    "data.max_skipped",
+    "data.workers",
     "train.steps",
     "train.epochs",
     "train.seed",
+    "algo.label_smoothing",
+    "algo.target_margin",
+    "algo.nll_weight",
     "optimizer.min_lr",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
@@ -42,15 +56,30 @@ NOT_NEGATIVE = [
     "checkpoint.every_steps",
 ]
 
+LARGEST_WHOLE_NUMBER, LARGEST_NUMBER = 2**31 - 1, 3e38
+LARGEST = {
+    "model.vocab_size": 2**22,
+    "data.pack_length": 2**24,  # the packing's own limit
+    "data.max_skipped": 1,
+    "data.workers": 4096,
+    "train.epochs": 1e6,
+    "train.seed": 2**63 - 1,
+    "parallel.timeout_s": 30 * 86400.0,
+}
+"""Other whole numbers end at LARGEST_WHOLE_NUMBER, other numbers where fp32 does."""
+
 
 def broken_rules(config: RunConfig, world_size: int) -> list[str]:
     """One line per broken rule: the key, its value, the rule in numbers, and what to change."""
-    out_of_range = _range_problems(config)
+    out_of_range = [*_range_problems(config), *_text_problems(config)]
     if out_of_range:  # the other rules divide by these numbers
         return out_of_range
     return [
+        *_folder_problems(config),
         *_model_problems(config),
+        *_algo_problems(config.algo),
         *_data_problems(config),
+        *_precision_problems(config),
         *_schedule_problems(config),
         *_tensor_problems(config),
         *_layout_problems(config, world_size),
@@ -58,17 +87,11 @@ def broken_rules(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _range_problems(config: RunConfig) -> list[str]:
-    problems = []
-    bounds = [(key, "above 0") for key in POSITIVE] + [(key, "0 or more") for key in NOT_NEGATIVE]
-    for key, bound in bounds:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        default = getattr(getattr(RunConfig(), section), name)
-        in_range = value > 0 or (value == 0 and bound == "0 or more")
-        if not (math.isfinite(value) and in_range):
-            problems.append(
-                f"{key} = {value}: must be finite and {bound}; the default is {default}"
-            )
+    problems = [
+        f"{key} = {value}: must be finite and {rule}; the default is {default}"
+        for key, value, default in _numbers(config)
+        if (rule := _broken_range(key, value))
+    ]
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(
             f"optimizer.betas = {list(config.optimizer.betas)}: each must be at least 0 and below "
@@ -77,8 +100,59 @@ def _range_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _numbers(config: RunConfig) -> Iterator[tuple[str, float, float]]:
+    """Each key that has a range, with its value and its default."""
+    for key in [*POSITIVE, *NOT_NEGATIVE]:
+        section, _, name = key.partition(".")
+        values = (getattr(getattr(run, section), name) for run in (config, RunConfig()))
+        yield (key, *values)
+
+
+def _broken_range(key: str, value: float) -> str | None:
+    """The range in words if the value is outside. By comparisons: isfinite fails on huge ints."""
+    bound = "above 0" if key in POSITIVE else "0 or more"
+    largest = LARGEST.get(key, LARGEST_WHOLE_NUMBER if isinstance(value, int) else LARGEST_NUMBER)
+    large_enough = value > 0 or (value == 0 and key in NOT_NEGATIVE)
+    if large_enough and value <= largest and value < math.inf:
+        return None
+    return f"{bound}, at most {largest}" if large_enough and value < math.inf else bound
+
+
+def _text_problems(config: RunConfig) -> list[str]:
+    """No file name holds a zero byte: opening such a path fails in its own way in each place."""
+    return [
+        f"{section}.{name} = {json.dumps(value)}: must not hold a zero character; remove it"
+        for section, body in asdict(config).items()
+        for name, value in body.items()
+        if any(
+            "\0" in text
+            for text in (value if isinstance(value, list) else [value])
+            if isinstance(text, str)
+        )
+    ]
+
+
+def _folder_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if not config.run.dir:
+        problems.append('run.dir = "": must name a folder; for example runs/first')
+    folders = {
+        "run.dir": config.run.dir,
+        "model.init_from": config.model.init_from,
+        "data.cache_dir": config.data.cache_dir,
+    }
+    for key, folder in folders.items():
+        if folder.startswith("~"):
+            written_out = os.path.expanduser(folder)
+            problems.append(
+                f"{key} = {json.dumps(folder)}: must be written out, since the shell does not expand "
+                f"a ~ there and this program would make a folder of that name; write {written_out}"
+            )
+    return problems
+
+
 def _model_problems(config: RunConfig) -> list[str]:
-    model, algo, problems = config.model, config.algo, []
+    model, problems = config.model, []
     if model.num_heads % model.num_kv_heads:
         problems.append(
             f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = "
@@ -100,10 +174,36 @@ def _model_problems(config: RunConfig) -> list[str]:
             'model.kv_shift_init = "random": has no effect while model.kv_shift is false; '
             "set model.kv_shift to true, or leave model.kv_shift_init out"
         )
-    if algo.name == "sft" and algo.reference == "online":
+    return problems
+
+
+def _algo_problems(algo: AlgoConfig) -> list[str]:
+    """Every key of [algo] that is set must change the result."""
+    default = AlgoConfig()
+    if algo.name == "sft":
+        return [
+            f"algo.{key} = {json.dumps(getattr(algo, key))}: has no effect on algo.name = "
+            f'"sft", which knows no pairs; leave algo.{key} out, or set algo.name to "dpo"'
+            for key in ("loss", "reference", "nll_weight", *LOSSES_WITH)
+            if getattr(algo, key) != getattr(default, key)
+        ]
+    problems = []
+    if algo.loss in LOSSES_WITH["label_smoothing"] and not 0 < algo.label_smoothing < 0.5:
         problems.append(
-            'algo.reference = "online": algo.name = "sft" compares with no reference; '
-            'leave algo.reference out, or set algo.name to "dpo"'
+            f'algo.label_smoothing = {algo.label_smoothing}: algo.loss = "{algo.loss}" needs the '
+            'share of swapped labels, above 0 and below 0.5; set it, or use algo.loss = "sigmoid", '
+            "which is the same loss without smoothing"
+        )
+    for key, losses in LOSSES_WITH.items():
+        if getattr(algo, key) != getattr(default, key) and algo.loss not in losses:
+            problems.append(
+                f"algo.{key} = {json.dumps(getattr(algo, key))}: has no effect on algo.loss = "
+                f'"{algo.loss}"; leave it out, or use one of {", ".join(losses)}'
+            )
+    if algo.reference == "online" and algo.loss in REFERENCE_FREE_LOSSES:
+        problems.append(
+            f'algo.reference = "online": algo.loss = "{algo.loss}" reads no reference; '
+            "leave algo.reference out, or use another algo.loss"
         )
     return problems
 
@@ -129,6 +229,15 @@ def _data_problems(config: RunConfig) -> list[str]:
             "checkpoint with model.init_from"
         )
     return problems
+
+
+def _precision_problems(config: RunConfig) -> list[str]:
+    if config.train.precision != "fp8":
+        return []
+    return [
+        'train.precision = "fp8": needs a Hopper GPU and Transformer Engine, which this version '
+        'does not use yet; set it to "bf16" or "auto"'
+    ]
 
 
 def _schedule_problems(config: RunConfig) -> list[str]:
@@ -164,12 +273,20 @@ def _schedule_problems(config: RunConfig) -> list[str]:
             f"log.profile_steps = {list(profile)}: must be [first, last] with 1 <= first <= last; "
             "for example [10, 12]"
         )
-    elif profile and 0 < train.steps < profile[1]:
-        problems.append(
-            f"log.profile_steps = {list(profile)}: must end by the last step, train.steps = "
-            f"{train.steps}; choose earlier steps"
-        )
+    elif train.steps:
+        problems += profile_problems(config, train.steps)
     return problems
+
+
+def profile_problems(config: RunConfig, num_steps: int) -> list[str]:
+    """A range that the run does not reach; its number of steps may be known only when the data is."""
+    profile = config.log.profile_steps
+    if not profile or profile[1] <= num_steps:
+        return []
+    return [
+        f"log.profile_steps = {list(profile)}: must end by the last step, which is {num_steps} "
+        "here (train.steps, or what train.epochs need); choose earlier steps"
+    ]
 
 
 def _tensor_problems(config: RunConfig) -> list[str]:

@@ -8,12 +8,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
+from typing import NoReturn
 
 from nova_sys.log import console, current_rank
 
 USER_ERROR_EXIT_CODE = 2
+HANG_EXIT_CODE = 3  # a rank stopped answering; see watchdog.py
 OUR_PACKAGES = ("nova_sys", "__main__")
+BACKEND_CHOICE = "nova_kernels.backend"  # refuses what train.kernels asks of an op that lacks it
 LAUNCHED = "NOVA_LAUNCHED"  # set for workers of `launcher.launch`, which prints their errors once
+IN_A_JOB = {LAUNCHED, "TORCHELASTIC_RUN_ID"}  # ours, or torchrun's
 PR_SET_PDEATHSIG = 1
 
 
@@ -25,8 +30,8 @@ def exit_on_user_error() -> Iterator[None]:
     process with exit code 2; with NOVA_DEBUG=1 it keeps its traceback. Every other error passes.
     The elastic launcher finds either in the rank's error file. A worker does not outlive `launch`.
     """
-    if LAUNCHED in os.environ:
-        _die_with_parent()
+    if not IN_A_JOB.isdisjoint(os.environ):
+        die_with_parent()
     try:
         yield
     except KeyboardInterrupt:
@@ -46,17 +51,32 @@ def debugging() -> bool:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """A ValueError that our own code raised; one from the depths of torch or numpy is a fault."""
+    """A ValueError (or a FloatingPointError: a step that is not finite) that our own code raised; one from the depths of torch or
+    numpy is a fault."""
     trace = error.__traceback__
-    if not isinstance(error, ValueError) or trace is None:
+    if not isinstance(error, (ValueError, FloatingPointError)) or trace is None:
         return False
     while trace.tb_next:
         trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in OUR_PACKAGES
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] in OUR_PACKAGES or module == BACKEND_CHOICE
 
 
 def show_error(message: str) -> None:
     console().print(f"error: {message}", style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+def end_at_once(message: str, exit_code: int, *, speaks: bool) -> NoReturn:
+    """Ends this process from any thread, without waiting for the main one, which may never come back.
+
+    speaks: this rank prints the message (unless `launcher.launch` does, which finds it in the rank's error file).
+    """
+    _tell_launcher(RuntimeError(message))
+    if speaks and LAUNCHED not in os.environ:
+        show_error(message)
+    for child in active_children():  # they would outlive us
+        child.kill()
+    os._exit(exit_code)
 
 
 def _tell_launcher(error: Exception) -> None:
@@ -67,7 +87,12 @@ def _tell_launcher(error: Exception) -> None:
     get_error_handler().record_exception(error)
 
 
-def _die_with_parent() -> None:
-    """Linux ends this process when its launcher is killed: no rank is left waiting for others."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Linux kills this process when its parent is killed: nobody is left to wait, or to write into the next run's files.
+
+    parent: its process id, where this process may have lost it already.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)

@@ -1,7 +1,13 @@
 """Scores preference pairs with a checkpoint: reward accuracy, margin and NLL, against a reference checkpoint if given.
 
 `nova evaluate CHECKPOINT --data PAIRS`; with `--nproc N` it runs as `python -m nova_sys.evaluate` on every rank.
-Without a reference the margin is beta times the plain difference of log-probabilities, so that every model has a reward accuracy.
+
+Margins and rewards are those of the loss that the checkpoint was trained with (`algo` in its config.toml; another one by --set
+algo.loss=...). Without a reference its log-probs count as 0, so that every model has a reward accuracy. NLL is the sum over all
+tokens of the answers divided by their number, as the loss of SFT is, so a long answer weighs more than a short one.
+
+Intervals are 95% and take pairs as independent: Wilson's for the accuracy, which stays inside [0, 1] and has a width when every pair
+is right, the normal one for means, and for NLL that of a ratio of two means.
 """
 
 from __future__ import annotations
@@ -11,19 +17,22 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from nova_sys.config import RunConfig
+from nova_kernels import preference_loss
+from nova_sys.config import REFERENCE_FREE_LOSSES, AlgoConfig, RunConfig
 from nova_sys.config_io import check
 from nova_sys.data.loader import PackLoader
-from nova_sys.data.prepare import PreparedData, prepare_data
+from nova_sys.data.prepare import prepare_data
+from nova_sys.data.token_store import StoreReport, TokenStore
 from nova_sys.errors import exit_on_user_error
-from nova_sys.inference import checkpoint_config, load_model
+from nova_sys.inference import as_toml, checkpoint_config, load_model, refuse_other_tokenizer
 from nova_sys.log import setup_logging
 from nova_sys.parallel import (
     Parallel,
@@ -34,32 +43,58 @@ from nova_sys.parallel import (
 )
 from nova_sys.reference import compute_logps
 
+Z_95 = 1.959964
+"""Quantile of the normal distribution that leaves 2.5% on either side."""
+_DOCUMENTS_PER_BLOCK = 65536
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the half-width of its 95% confidence interval (normal approximation)."""
+    """A mean with its 95% confidence interval; from a single value the interval of a mean is NaN."""
 
     mean: float
-    half_width: float
+    low: float
+    high: float
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Estimate:
-        spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-        return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
+    def of_mean(cls, values: np.ndarray) -> Estimate:
+        return cls.of_ratio(values, np.ones_like(values))
+
+    @classmethod
+    def of_ratio(cls, sums: np.ndarray, counts: np.ndarray) -> Estimate:
+        """sum(sums) / sum(counts), whose spread is that of the residuals sums - ratio * counts."""
+        ratio, n = float(sums.sum() / counts.sum()), len(sums)
+        residual = sums - ratio * counts
+        variance = float(residual @ residual) * n / (n - 1) if n > 1 else math.nan
+        half_width = Z_95 * math.sqrt(variance) / float(counts.sum())
+        return cls(ratio, ratio - half_width, ratio + half_width)
+
+    @classmethod
+    def of_share(cls, right: np.ndarray) -> Estimate:
+        """Wilson's interval (1927); `right` holds 1, 0, or 1/2 for a tie."""
+        share, n = float(right.mean()), len(right)
+        widening = 1 + Z_95**2 / n
+        middle = (share + Z_95**2 / (2 * n)) / widening
+        half_width = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n)) / widening
+        return cls(share, max(middle - half_width, 0.0), min(middle + half_width, 1.0))
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.half_width:.4f}"
+        interval = "one pair" if math.isnan(self.low) else f"{self.low:.4f} to {self.high:.4f}"
+        return f"{self.mean:.4f} ({interval})"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """reward_accuracy: share of pairs with a positive margin (a tie is half right).
-    margin: beta * difference of log-ratios, nats. chosen_nll: nats per token of the chosen answers."""
+    """reward_accuracy: share of pairs with a positive margin (a tie is half right). margin: mean difference of the two rewards.
+    chosen_nll, rejected_nll: nats per token over all tokens of those answers. report: what became of the records."""
 
     num_pairs: int
     reward_accuracy: Estimate
     margin: Estimate
     chosen_nll: Estimate
+    rejected_nll: Estimate
+    algo: AlgoConfig
+    report: StoreReport
 
 
 def evaluate_pairs(
@@ -74,55 +109,51 @@ def evaluate_pairs(
     """Called on every rank of the job (one, unless started otherwise); the result is the same on all of them.
 
     Args:     data: preference files in any accepted format. overrides: `key=value`, e.g. "parallel.tensor=2".
-              per_pair: JSON-lines file, one object per pair in input order (main rank writes it); with_ids adds the token ids.
-    Raises:   ValueError for a bad checkpoint, layout or file.
+              per_pair: JSON-lines file, see `pair_rows` (main rank writes it, whole or not at all); with_ids adds the token ids.
+    Raises:   ValueError for a bad checkpoint, layout or file, or a reference with other token ids; RuntimeError when a log-prob is
+              not finite.
     """
     files = [str(data)] if isinstance(data, (str, Path)) else [str(path) for path in data]
-    for_pairs = [f"data.train={json.dumps(files)}", 'algo.name="dpo"', *overrides]
+    if per_pair is not None and (per_pair.is_dir() or not os.access(per_pair.parent, os.W_OK)):
+        raise ValueError(
+            f"--per-pair {per_pair}: cannot be written; name a file in a folder that exists"
+        )
+    for_pairs = [f"data.train={as_toml(files)}", 'algo.name="dpo"', *overrides]
     folder, config = checkpoint_config(checkpoint, for_pairs)
+    ref_folder, ref_config = checkpoint_config(reference or checkpoint, for_pairs)
     config = replace(config, train=replace(config.train, global_batch_packs=current_world_size()))
     check(config, current_world_size())
     with (
         parallel_run(config.parallel, seed=config.train.seed) as parallel,
         shared_scratch(parallel) as scratch,
     ):
-        config = replace(
+        config = replace(  # the training run's folder is only read
             config,
-            run=replace(
-                config.run, dir=str(scratch / "run")
-            ),  # the training run's folder is only read
+            run=replace(config.run, dir=str(scratch / "run")),
             data=replace(config.data, cache_dir=str(scratch)),
         )
-        data_ = main_rank_first(parallel, lambda: prepare_data(config))
-        logp_B = _score(folder, config, data_, parallel)
-        ref_logp_B = np.zeros_like(logp_B)
+        prepared = main_rank_first(parallel, lambda: prepare_data(config, verify=parallel.is_main))
+        for weights in (folder, ref_folder):
+            refuse_other_tokenizer(prepared.tokenizer, weights)
+        store = prepared.store
+        logp_B, ref_logp_B = _score(folder, config, store, parallel), None
         if reference is not None:
-            ref_folder, ref_config = checkpoint_config(reference, for_pairs)
-            ref_logp_B = _score(
-                ref_folder, replace(config, model=ref_config.model), data_, parallel
-            )
-        rows = pair_rows(data_, logp_B, with_ids=with_ids)
+            ref_config = replace(config, model=ref_config.model)
+            ref_logp_B = _score(ref_folder, ref_config, store, parallel)
+        tokens_B = answer_tokens(store)
         if per_pair is not None and parallel.is_main:
-            per_pair.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        margin_P = (
-            config.algo.beta
-            * np.diff((ref_logp_B - logp_B).reshape(-1, 2).astype(np.float64))[:, 0]
-        )
-        nll_P = np.array([-row["chosen_logp"] / max(row["chosen_tokens"], 1) for row in rows])
-        return Evaluation(
-            num_pairs=len(margin_P),
-            reward_accuracy=Estimate.of((margin_P > 0) + 0.5 * (margin_P == 0)),
-            margin=Estimate.of(margin_P),
-            chosen_nll=Estimate.of(nll_P),
-        )
+            rows = pair_rows(store, logp_B, ref_logp_B, tokens_B, with_ids=with_ids)
+            _write_rows(per_pair, rows)
+        return _summary(config.algo, store.report, logp_B, ref_logp_B, tokens_B)
 
 
-def _score(folder: Path, config: RunConfig, data: PreparedData, parallel: Parallel) -> np.ndarray:
+def _score(folder: Path, config: RunConfig, store: TokenStore, parallel: Parallel) -> np.ndarray:
+    """Summed log-prob of every answer, (num_responses,) fp64, nats."""
     loader = PackLoader(
-        data.store,
+        store,
         pack_length=config.data.pack_length,
-        global_batch_packs=parallel.data_size
-        * parallel.pipeline_size,  # enough micro-batches to fill the pipeline
+        # enough micro-batches to fill the pipeline
+        global_batch_packs=parallel.data_size * parallel.pipeline_size,
         data_rank=parallel.data_rank,
         data_size=parallel.data_size,
         seed=config.train.seed,
@@ -130,25 +161,125 @@ def _score(folder: Path, config: RunConfig, data: PreparedData, parallel: Parall
         epochs=1.0,
     )
     model = load_model(folder, config, parallel)
-    return compute_logps(model.chunks, loader, data.store.num_responses, parallel)
+    logp_B = compute_logps(model.chunks, loader, store.num_responses, parallel)
+    faulty = np.flatnonzero(~np.isfinite(logp_B))
+    if len(faulty):
+        raise RuntimeError(
+            f"{folder} gives {len(faulty)} of {len(logp_B)} answers a log-prob that is not finite, first at "
+            f"{store.source_of(int(faulty[0]) // 2)}; its weights are damaged, or their activations overflow (try --set "
+            'train.precision="fp32")'
+        )
+    return logp_B
 
 
-def pair_rows(data: PreparedData, logp_B: np.ndarray, *, with_ids: bool) -> list[dict[str, Any]]:
-    """Per pair, in input order: summed log-probs in nats and token counts of both answers, and the ids on request."""
-    store, rows = data.store, []
+def answer_tokens(store: TokenStore) -> np.ndarray:
+    """int64 (num_responses,): how many tokens are in each answer's sum. The first token of all is in none: nothing predicts it."""
+    tokens_B = np.empty(store.num_responses, np.int64)
+    for start in range(0, store.num_documents, _DOCUMENTS_PER_BLOCK):
+        stop = min(start + _DOCUMENTS_PER_BLOCK, store.num_documents)
+        offsets = store.part_offsets[3 * start : 3 * stop + 1]
+        loss = np.asarray(store.loss[offsets[0] : offsets[-1]])
+        first = offsets - offsets[0]
+        before = np.concatenate([[0], np.cumsum(loss, dtype=np.int64)])
+        in_part = np.diff(before[first]).reshape(-1, 3)
+        no_prefix = np.diff(first).reshape(-1, 3)[:, 0] == 0
+        answers = in_part[:, 1:] - no_prefix[:, None] * loss[first[:-1].reshape(-1, 3)[:, 1:]]
+        tokens_B[2 * start : 2 * stop] = answers.reshape(-1)
+    return tokens_B
+
+
+def pair_rows(
+    store: TokenStore,
+    logp_B: np.ndarray,
+    ref_logp_B: np.ndarray | None,
+    tokens_B: np.ndarray,
+    *,
+    with_ids: bool,
+) -> Iterator[dict[str, Any]]:
+    """Per pair, in input order: where it stands (records that cannot be used have no row), summed log-probs in nats and token counts
+    of both answers, the reference's sums if there is one, and the ids on request."""
     for document in range(store.num_documents):
-        prefix, chosen, rejected = (store.part(3 * document + i) for i in range(3))
+        file, line = store.source[document]
+        chosen, rejected = 2 * document, 2 * document + 1
         row: dict[str, Any] = {
-            "chosen_logp": float(logp_B[2 * document]),
-            "rejected_logp": float(logp_B[2 * document + 1]),
-            "chosen_tokens": int(chosen.loss.sum()),
-            "rejected_tokens": int(rejected.loss.sum()),
+            "chosen_logp": float(logp_B[chosen]),
+            "rejected_logp": float(logp_B[rejected]),
+            "chosen_tokens": int(tokens_B[chosen]),
+            "rejected_tokens": int(tokens_B[rejected]),
         }
+        if ref_logp_B is not None:
+            row["ref_chosen_logp"] = float(ref_logp_B[chosen])
+            row["ref_rejected_logp"] = float(ref_logp_B[rejected])
+        row |= {"file": store.meta["files"][file]["path"], "line": int(line)}
         if with_ids:
-            ids = {"prompt_ids": prefix, "chosen_ids": chosen, "rejected_ids": rejected}
-            row |= {name: part.tokens.tolist() for name, part in ids.items()}
-        rows.append(row)
-    return rows
+            for i, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids")):
+                row[name] = store.part(3 * document + i).tokens.tolist()
+        yield row
+
+
+def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"--per-pair {path}: cannot be written ({error.strerror}); make room, or name another file"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _summary(
+    algo: AlgoConfig,
+    report: StoreReport,
+    logp_B: np.ndarray,
+    ref_logp_B: np.ndarray | None,
+    tokens_B: np.ndarray,
+) -> Evaluation:
+    rewards = preference_loss(
+        torch.from_numpy(logp_B),
+        torch.from_numpy(np.zeros_like(logp_B) if ref_logp_B is None else ref_logp_B),
+        torch.from_numpy(tokens_B),
+        beta=algo.beta,
+        loss=algo.loss,
+        label_smoothing=algo.label_smoothing,
+        target_margin=algo.target_margin,
+        length_normalize=algo.length_normalize,
+    )
+    margin_P = rewards.margin_P.numpy()
+    return Evaluation(
+        num_pairs=len(margin_P),
+        reward_accuracy=Estimate.of_share((margin_P > 0) + 0.5 * (margin_P == 0)),
+        margin=Estimate.of_mean(margin_P),
+        chosen_nll=Estimate.of_ratio(-logp_B[0::2], tokens_B[0::2]),
+        rejected_nll=Estimate.of_ratio(-logp_B[1::2], tokens_B[1::2]),
+        algo=algo,
+        report=report,
+    )
+
+
+def summary_text(result: Evaluation, reference: str | None) -> str:
+    algo, report = result.algo, result.report
+    against = f"against {reference}" if reference else "without a reference"
+    if algo.loss in REFERENCE_FREE_LOSSES:
+        against = "which reads no reference"
+    left_out = [f"{n:,} {why}" for why, n in sorted(report.skipped.items())]
+    cut = report.truncated.get("documents", 0)
+    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
+    notes += [f"{cut:,} cut to length"] if cut else []
+    return "\n".join(
+        [
+            f"pairs            {result.num_pairs:,} of {report.num_records:,} records"
+            + (f" ({'; '.join(notes)})" if notes else ""),
+            f"reward accuracy  {result.reward_accuracy}",
+            f"margin           {result.margin}   {algo.loss}, beta {algo.beta:g}, {against}",
+            f"chosen NLL       {result.chosen_nll} nats/token",
+            f"rejected NLL     {result.rejected_nll} nats/token",
+            "                 in brackets: 95% confidence intervals",
+        ]
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -171,12 +302,7 @@ def main(argv: Sequence[str]) -> None:
             with_ids=args.with_ids,
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"pairs            {result.num_pairs:,}")
-            print(f"reward accuracy  {result.reward_accuracy}")
-            print(
-                f"margin           {result.margin}   ({'against ' + args.reference if args.reference else 'no reference'})"
-            )
-            print(f"chosen NLL       {result.chosen_nll} nats/token")
+            print(summary_text(result, args.reference))
 
 
 if __name__ == "__main__":

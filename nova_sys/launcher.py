@@ -12,14 +12,28 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from nova_sys.errors import LAUNCHED, USER_ERROR_EXIT_CODE, debugging, show_error
+import psutil
+
+from nova_sys.errors import (
+    HANG_EXIT_CODE,
+    LAUNCHED,
+    USER_ERROR_EXIT_CODE,
+    debugging,
+    show_error,
+)
+from nova_sys.stopping import ONE_SIGNAL_S
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+EXPLAINED = (USER_ERROR_EXIT_CODE, HANG_EXIT_CODE)
+"""Exit codes of ranks that left a message which needs no addition."""
 
 
 def launch(module: str, argv: Sequence[str], nproc: int) -> int:
@@ -29,7 +43,7 @@ def launch(module: str, argv: Sequence[str], nproc: int) -> int:
     are raised here. With more, its `if __name__ == "__main__":` runs in each worker, with main's
     body inside `exit_on_user_error`; the exit code is that of the worker that failed first (128 +
     signal for a killed one), and what went wrong there is printed once. SIGINT and SIGTERM reach
-    every worker.
+    every worker, which ends as it sees fit; a second one ends the job at once.
     """
     if nproc < 1:
         raise ValueError(f"nproc = {nproc}: must be 1 or more; it is the number of processes")
@@ -56,7 +70,7 @@ def _launch_elastic(module: str, argv: Sequence[str], nproc: int) -> int:
 
     if not debugging():
         _quiet_elastic()
-    with tempfile.TemporaryDirectory(prefix="nova_") as folder, _signal_handlers_restored():
+    with tempfile.TemporaryDirectory(prefix="nova_") as folder, _signals_passed_on() as passed_on:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -69,32 +83,37 @@ def _launch_elastic(module: str, argv: Sequence[str], nproc: int) -> int:
             logs_specs=DefaultLogsSpecs(
                 log_dir=folder
             ),  # for error files; output is not redirected
+            signals_to_handle="SIGHUP,SIGQUIT",  # on others the agent gives up on its workers
         )
         try:
             elastic_launch(config, sys.executable)("-m", module, *argv)
         except ChildFailedError as error:
-            return _report_failure(error)
+            codes = {failure.exitcode for failure in error.failures.values()}
+            ended = {
+                code for number in (*passed_on, signal.SIGKILL) for code in (-number, 128 + number)
+            }
+            return 128 + passed_on[0] if passed_on and codes <= ended else _report_failure(error)
         except SignalException as error:
             return 128 + error.sigval
-        except KeyboardInterrupt:  # before the workers were started
-            return 128 + signal.SIGINT
+        except SystemExit as stop:
+            return int(stop.code or 0)
     return 0
 
 
 def _report_failure(error: ChildFailedError) -> int:
     """Prints what the first failing worker said; returns its exit code.
 
-    A mistake that a worker explained comes before the broken connections it causes in the others.
+    What a worker explained comes before the broken connections it causes in the others.
     """
     rank, failure = min(
         error.failures.items(),
-        key=lambda item: (item[1].exitcode != USER_ERROR_EXIT_CODE, item[1].timestamp),
+        key=lambda item: (item[1].exitcode not in EXPLAINED, item[1].timestamp),
     )
     message = failure.message
     text = str(message.get("message", "")) if isinstance(message, dict) else ""
-    if failure.exitcode == USER_ERROR_EXIT_CODE and text:
-        show_error(text.removeprefix("ValueError: "))
-        return USER_ERROR_EXIT_CODE
+    if failure.exitcode in EXPLAINED and text:
+        show_error(text.partition(": ")[2])  # without the exception's name
+        return failure.exitcode
     if failure.exitcode < 0:
         name = failure.signal_name()
         remedy = "; is the machine out of memory?" if name == "SIGKILL" else ""
@@ -139,12 +158,33 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
-    """The elastic agent takes over the ending signals for good; the caller gets them back here."""
-    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in taken}
+def _signals_passed_on() -> Iterator[list[signal.Signals]]:
+    """SIGINT and SIGTERM go to the workers, and into the list; a second one, after a while, kills the workers.
+
+    The elastic agent takes over other ending signals for good; the caller gets them back here.
+    """
+    received: list[signal.Signals] = []
+    first_s = 0.0
+    others = set(psutil.Process().children())
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
+        first_s = first_s or time.monotonic()
+        received.append(signal.Signals(number))
+        workers = set(psutil.Process().children()) - others
+        if not workers:  # none was started yet
+            sys.exit(128 + number)
+        again = time.monotonic() - first_s > ONE_SIGNAL_S
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGKILL if again else number)
+
+    ours, agents = (signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in (*ours, *agents)}
+    for number in ours:
+        signal.signal(number, pass_on)
     try:
-        yield
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -74,7 +74,9 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(options)
     overrides[ParamKey(name=("*.k_mix_K2", "*.v_mix_K2"))] = {"wd_mult": 0.0}  # pyright: ignore[reportArgumentType]
-    return get_megatron_optimizer(options, list(chunks), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(options, list(chunks), config_overrides=overrides)
+    allocate_state(optimizer)
+    return optimizer
 
 
 def build_schedule(
@@ -128,7 +130,8 @@ def _set_with_step(part: Any, model_param: torch.Tensor, tensors: dict[str, torc
 
 
 def allocate_state(optimizer: Any) -> None:
-    """Gives torch's AdamW its state before the first step, which Megatron's checkpoint reader expects to find."""
+    """Gives torch's AdamW its state before the first step: Megatron's checkpoint reader and writer expect to find it, and every
+    step before the first save may have been skipped."""
     for part in _torch_parts(optimizer):
         inner = part.optimizer
         for param in (param for group in inner.param_groups for param in group["params"]):

@@ -5,11 +5,14 @@ Ranks are ordered tensor-parallel first, then data-parallel, then pipeline: neig
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import faulthandler
 import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nova_sys.config import ParallelConfig
 from nova_sys.cpu_mode import enable_cpu_mode, use_cpu_threads
+from nova_sys.watchdog import Watchdog, collective_timeout_s
 
 T = TypeVar("T")
 
@@ -44,6 +48,7 @@ class Parallel:
     sequence: bool
     device: torch.device
     groups: ProcessGroupCollection
+    watchdog: Watchdog
 
     @property
     def is_main(self) -> bool:
@@ -84,9 +89,10 @@ def current_world_size() -> int:
     )
 
 
-def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
-    """Joins the job (NCCL on GPUs, gloo without), builds every group, and seeds Megatron's random trackers.
+def build_parallel(config: ParallelConfig, *, seed: int, hangs_dir: Path | None = None) -> Parallel:
+    """Joins the job (NCCL on GPUs, gloo without), builds every group, seeds Megatron's random trackers, and starts the watchdog.
 
+    Args:   hangs_dir: folder for the reports of ranks when one stops answering; None: they go to standard error.
     Raises: ValueError when tensor * pipeline does not divide the world size.
     """
     world = current_world_size()
@@ -107,12 +113,15 @@ def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
             )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=collective_timeout_s(config.timeout_s))
     if not dist.is_initialized():
+        if device.type == "cuda" and hangs_dir is not None:
+            _let_nccl_dump_into(hangs_dir)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=config.timeout_s),
+            timeout=timeout,
             rank=int(os.environ.get("RANK", "0")),
             world_size=world,
         )
@@ -120,7 +129,7 @@ def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         config.tensor,
         config.pipeline,
         config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -137,17 +146,53 @@ def build_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         sequence=config.sequence,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        watchdog=_start_watchdog(config.timeout_s, hangs_dir),
     )
 
 
+def _start_watchdog(timeout_s: float, hangs_dir: Path | None) -> Watchdog:
+    started = [time.strftime("%Y%m%d-%H%M%S")]
+    dist.broadcast_object_list(started, src=0)  # now all ranks name their reports alike
+    many = dist.get_world_size() > 1
+    native: Any = torch._C
+    return Watchdog(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        timeout_s=timeout_s,
+        store=dist.distributed_c10d._get_default_store() if many else None,
+        folder=hangs_dir,
+        started=started[0],
+        flight_recorder=native._distributed_c10d._dump_nccl_trace
+        if dist.get_backend() == "nccl"
+        else None,
+    )
+
+
+def _let_nccl_dump_into(hangs_dir: Path) -> None:
+    """For timeouts in phases that the watchdog does not watch, where NCCL aborts the process: torch's flight recorder into
+    <hangs_dir>/nccl-rank<k>, Python's stacks into the job's output."""
+    faulthandler.enable()
+    with contextlib.suppress(OSError):  # the run's lock tells of a folder that cannot be written to
+        hangs_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(hangs_dir / "nccl-rank"))
+
+
 @contextmanager
-def parallel_run(config: ParallelConfig, *, seed: int) -> Iterator[Parallel]:
+def parallel_run(
+    config: ParallelConfig, *, seed: int, hangs_dir: Path | None = None
+) -> Iterator[Parallel]:
     """`build_parallel`, and on leaving takes down what it built (also after an error)."""
     joined_before = dist.is_initialized()
-    parallel = build_parallel(config, seed=seed)
+    parallel = build_parallel(config, seed=seed, hangs_dir=hangs_dir)
     try:
         yield parallel
+    except Exception as error:
+        parallel.watchdog.raised(error)
+        raise
     finally:
+        parallel.watchdog.close()
         parallel_state.destroy_model_parallel()
         if not joined_before:
             dist.destroy_process_group()
@@ -162,6 +207,11 @@ def main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
     The others wait at the job's key-value store, not in a collective: preparing data may take longer than any collective should.
     Raises: what `work` raised on the main rank, on every rank.
     """
+    with parallel.watchdog.phase("one rank works, the others wait", watched=False):
+        return _main_rank_first(parallel, work)
+
+
+def _main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
     key = f"nova/main_rank_first/{next(_turns)}"
     store = dist.distributed_c10d._get_default_store()
     if parallel.is_main:

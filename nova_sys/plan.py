@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nova_sys.config import RunConfig
-from nova_sys.config_io import check
+from nova_sys.config_io import check, check_profile
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size, recompute_block
@@ -27,6 +27,7 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         share_prefix=config.data.share_prefix,
     )
     steps = train.steps or loader.steps_for(train.epochs)
+    check_profile(config, steps)
     tokens = int(data.store.document_lengths(config.data.share_prefix).sum())
     lines = {
         "algorithm": config.algo.name + (f" (beta {config.algo.beta}, reference: {config.algo.reference})" if config.algo.name == "dpo" else ""),

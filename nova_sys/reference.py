@@ -1,13 +1,15 @@
 """Reference log-probs: one forward pass over the data, kept on disk; or a frozen copy of the policy's first weights.
 
 The cache is an array (num_responses,) fp64 of summed log-probabilities in nats, in the order of the token store, under a key of
-(weights, tokenised data, precision, prefix sharing). A run that starts from the same weights on the same data reuses it.
+(weights, tokenised data, precision, prefix sharing). A run that starts from the same weights on the same data reuses it; a file that
+is damaged, or was written under another key, is not used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +24,8 @@ from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
 from nova_sys.parallel import Parallel, from_main
 from nova_sys.step import response_logps
+
+logger = logging.getLogger(__name__)
 
 
 def cache_key(weights_identity: str, data_key: str, precision: str, share_prefix: bool) -> str:
@@ -65,21 +69,59 @@ def compute_logps(
 def cached_logps(
     path: Path, num_responses: int, compute: Callable[[], np.ndarray], parallel: Parallel
 ) -> tuple[np.ndarray, bool]:
-    """The array at `path`; computed, and written by the main rank, if it is not there. Returns (array, was there)."""
-    if not from_main(parallel, path.is_file):
+    """The array at `path`; computed, and written by the main rank, if it is not there or unfit. Returns (array, was there).
+
+    Raises: ValueError when the file cannot be written.
+    """
+    found = _read_logps(path, num_responses) if parallel.is_main else None
+    if not from_main(parallel, lambda: found is not None):
         logp = compute()
-        if parallel.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial.npy")
-            np.save(partial, logp)
-            partial.rename(path)
+        from_main(parallel, lambda: _write_logps(path, logp))
         return logp, False
-    logp = torch.zeros(num_responses, dtype=torch.float64)
-    if parallel.is_main:
-        logp = torch.from_numpy(np.load(path))
+    logp = (
+        torch.zeros(num_responses, dtype=torch.float64)
+        if found is None
+        else torch.from_numpy(found)
+    )
     logp = logp.to(parallel.device)
     dist.broadcast(logp, src=0)  # now every rank has what the main rank read
     return logp.cpu().numpy(), True
+
+
+def _read_logps(path: Path, num_responses: int) -> np.ndarray | None:
+    """The array at `path`, if it is whole (zip's own checksum), was written under this name and fits; None otherwise."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:  # without pickle, numpy's default
+            name, logp = str(file["name"]), file["logp"]
+        shape = f"{logp.dtype} {logp.shape}"
+        if name != path.stem:
+            problem = f"was written as {name}"
+        elif logp.shape != (num_responses,) or logp.dtype != np.float64:
+            problem = f"holds {shape} instead of float64 {(num_responses,)}"
+        elif not np.isfinite(logp).all():
+            problem = "holds numbers that are not finite"
+        else:
+            return logp
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        problem = f"cannot be read: {error or type(error).__name__}"
+    logger.warning("%s %s; the reference log-probs are computed again", path, problem)
+    return None
+
+
+def _write_logps(path: Path, logp: np.ndarray) -> None:
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(partial, name=np.array(path.stem), logp=logp)
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(
+            f"the reference log-probs cannot be kept in {path} ({error.strerror}); a run needs them when it is resumed. Make room, or "
+            "choose another data.cache_dir"
+        ) from None
 
 
 class OnlineReference:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
-from nova_sys.checkpoint import (
+from nova_sys.checkpoint_files import (
     describe_model,
     latest_checkpoint,
     read_description,
+    refuse_damaged,
     resolve_checkpoint,
 )
 from nova_sys.config import RunConfig
+
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,48 @@ def find_start(config: RunConfig) -> Start:
     """Decides, on one rank. Raises: ValueError when the run folder may not be touched, or `model.init_from` holds nothing."""
     run_dir = Path(config.run.dir)
     newest = latest_checkpoint(run_dir)
-    if config.run.resume == "never" and (newest or (run_dir / "metrics.jsonl").exists()):
+    begun = (run_dir / "metrics.jsonl").exists()
+    if config.run.resume == "never" and (newest or begun):
         raise ValueError(
             f"run.dir={run_dir} already holds a run and run.resume='never'; choose another run.dir, or set run.resume='auto'"
         )
     init_from = Path(config.model.init_from) if config.model.init_from else None
     if newest is not None:
         saved = read_description(newest)
+        refuse_damaged(newest)
         _refuse_another_run(run_dir, saved.run, run_fields(config))
         return Start(newest, init_from, saved.start_identity, newest / "tokenizer")
+    if begun:  # and ended before its first checkpoint: the same run starts over, another one may not take its place
+        _refuse_another_run(run_dir, _left_by(run_dir), run_fields(config))
     if init_from is not None:
         init_from = resolve_checkpoint(init_from)
+        refuse_damaged(init_from)
         return Start(None, init_from, _identity_of(init_from, config), init_from / "tokenizer")
     return Start(None, None, _identity_of(None, config), None)
+
+
+def claim(run_dir: Path, config: RunConfig, data_key: str, *, resumes: bool) -> None:
+    """Writes whose folder this is, on one rank, before the first step. Raises: ValueError when it is that of a run on other data."""
+    ours = {**run_fields(config), "data": data_key}
+    if (run_dir / "metrics.jsonl").exists() and not resumes:
+        _refuse_another_run(run_dir, _left_by(run_dir), ours)
+    partial = run_dir / f".{RUN_FILE}.tmp"
+    try:
+        partial.write_text(json.dumps(ours, indent=1))
+        partial.replace(run_dir / RUN_FILE)
+    except OSError as error:
+        raise ValueError(f"run.dir={run_dir} cannot be written to: {error}; make room") from None
+
+
+def _left_by(run_dir: Path) -> dict[str, Any]:
+    """What the run in this folder is."""
+    try:
+        return json.loads((run_dir / RUN_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"run.dir={run_dir} holds metrics of a run, but not which one ({RUN_FILE}: {error}); choose another run.dir, or remove "
+            "metrics.jsonl to start over there"
+        ) from None
 
 
 def first_weights(start: Start, config: RunConfig) -> Path | None:
@@ -82,6 +114,7 @@ def run_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _refuse_another_run(run_dir: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    ours = json.loads(json.dumps(ours))  # lists and tuples alike
     differing = [
         f"{k}: {saved.get(k)} there, {v} here" for k, v in ours.items() if saved.get(k) != v
     ]

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from nova_sys.algo.base import Algorithm, sequence_logp
 from nova_sys.data.batch import DevicePack, Pack
 from nova_sys.parallel import Parallel
+from nova_sys.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def run_schedule(
     """
 
     def forward_step(data: Iterator[Pack], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        parallel.watchdog.progress()
         pack = next(data).to(parallel.device)
         return chunk(pack), partial(_swap, on_output, pack)
 
@@ -67,57 +70,103 @@ def train_step(
     packs: Sequence[Pack],
     algorithm: Algorithm,
     parallel: Parallel,
+    stop: StopRequest,
 ) -> StepResult:
     """Forward, backward and update over one global batch; `packs` are this data-parallel rank's part of it.
 
-    Raises: NonFiniteStep when the loss or a gradient is not finite, before any weight changes.
+    Also tells every rank whether one was asked to stop, so that all stop after the same step.
+    Raises: NonFiniteStep when the loss or a gradient is not finite, on every rank, before any weight or moment changes.
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-
-    def on_output(
-        logp_R: torch.Tensor, pack: DevicePack
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        out = algorithm.loss(logp_R, pack)
-        return out.loss_sum, out.count, torch.cat([out.count[None].float(), out.metric_sums])
-
-    collected = run_schedule(chunks, packs, on_output, parallel, forward_only=False)
-    sums = torch.zeros(2 + len(algorithm.metric_names), dtype=torch.float64, device=parallel.device)
-    if collected and parallel.counts_once:
-        sums[1:] = torch.stack(collected).sum(0)
-    sums[0] = torch.stack([gradients_not_finite(chunk) for chunk in chunks]).sum()
-    dist.all_reduce(sums)  # now the job's sums, on every rank and stage
-    faulty, count, *totals = sums.tolist()
+    with parallel.watchdog.phase("forward and backward"):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        collected = run_schedule(
+            chunks, packs, partial(_loss, algorithm), parallel, forward_only=False
+        )
+        width = 3 + len(algorithm.metric_names)
+        sums = torch.zeros(width, dtype=torch.float64, device=parallel.device)
+        if collected and parallel.counts_once:
+            sums[2:] = torch.stack(collected).sum(0)
+        sums[0] = torch.stack([gradient_square(chunk) for chunk in chunks]).sum()
+        sums[1] = stop.is_set
+        dist.all_reduce(sums)  # now the job's sums, on every rank and stage
+        square, num_stops, count, *totals = sums.tolist()
+    stop.agreed = num_stops > 0
     means = {
         name: total / max(count, 1.0)
         for name, total in zip(algorithm.metric_names, totals, strict=True)
     }
-    if faulty or not math.isfinite(means["loss"]):
-        bad = [
-            pack for pack, row in zip(packs, collected, strict=False) if not row.isfinite().all()
-        ]
-        raise NonFiniteStep(means["loss"], [d for pack in bad for d in pack.document_P.tolist()])
-    _, grad_norm, _ = optimizer.step()
+    gradient_fits = square <= MAX_GRADIENT_SQUARE  # false for NaN
+    if not (gradient_fits and all(map(math.isfinite, totals))):
+        faulty = [index for index, row in enumerate(collected) if not row.isfinite().all()]
+        raise NonFiniteStep(means, faulty)
+    with parallel.watchdog.phase("optimizer"):
+        succeeded, grad_norm, _ = optimizer.step()
+    if not succeeded:  # Megatron found what is not finite by itself: it has changed nothing, and would go on in silence
+        raise NonFiniteStep(means, [])
     return StepResult(means, round(count), float(grad_norm or 0.0))
 
 
-class NonFiniteStep(ArithmeticError):
-    """The loss or a gradient is not finite; raised on every rank before any weight has changed.
+def _loss(
+    algorithm: Algorithm, logp_R: torch.Tensor, pack: DevicePack
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = algorithm.loss(logp_R, pack)
+    return out.loss_sum, out.count, torch.cat([out.count[None].double(), out.metric_sums])
 
-    documents: those of this rank's packs with a loss that is not finite (none when only a gradient is at fault).
+
+class NonFiniteStep(ArithmeticError):
+    """The loss, a metric or a gradient is not finite; raised on every rank before any weight has changed.
+
+    means: of the whole job.   packs: this rank's packs with a loss or metric that is not finite, on last-stage ranks.
     """
 
-    def __init__(self, loss: float, documents: list[int]) -> None:
-        super().__init__(f"loss {loss}")
-        self.loss, self.documents = loss, documents
+    def __init__(self, means: dict[str, float], packs: list[int]) -> None:
+        super().__init__(f"means {means}")
+        self.means, self.packs = means, packs
+
+    @property
+    def only_gradient(self) -> bool:
+        """True, on every rank alike, when all losses and metrics are finite."""
+        return all(map(math.isfinite, self.means.values()))
 
 
-def gradients_not_finite(chunk: Any) -> torch.Tensor:
-    """1.0 when a gradient buffer of this chunk holds an infinite or undefined value, else 0.0."""
+MAX_GRADIENT_SQUARE = float(torch.finfo(torch.float32).max)
+"""A larger sum of squares is infinite in the fp32 norm that gradients are clipped by, which would make them all zero."""
+
+
+def gradient_square(chunk: Any) -> torch.Tensor:
+    """Sum of squares (fp64) of this chunk's gradient buffers: infinite or NaN when an element is."""
     buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
     norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
-    return (~torch.stack(norms).isfinite()).any().double()
+    return torch.stack(norms).double().square().sum()
+
+
+def packs_with_faulty_gradient(
+    chunks: Sequence[Any], packs: Sequence[Pack], algorithm: Algorithm, parallel: Parallel
+) -> list[int]:
+    """Runs every pack by itself, forward and backward without reduction over ranks, into the gradient buffers.
+
+    Returns those of `packs` that give this rank's weights a gradient that is not finite. For the fault path: it costs another step.
+    """
+    config = get_model_config(chunks[0])
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    copies = parallel.pipeline_size if len(chunks) > 1 else 1  # what an interleaved schedule needs
+    faulty = []
+    try:
+        for index, pack in enumerate(packs):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            with parallel.watchdog.phase("faulty step, pack by pack"):
+                run_schedule(
+                    chunks, [pack] * copies, partial(_loss, algorithm), parallel, forward_only=False
+                )
+            square = torch.stack([gradient_square(chunk) for chunk in chunks]).sum()
+            if not square.item() <= MAX_GRADIENT_SQUARE:
+                faulty.append(index)
+    finally:
+        config.finalize_model_grads_func = finalize
+    return faulty
 
 
 @torch.no_grad()
@@ -132,4 +181,5 @@ def response_logps(
         zero = torch.zeros((), device=logp_R.device)
         return zero, zero.int(), sequence_logp(logp_R, pack)
 
-    return run_schedule(chunks, packs, on_output, parallel, forward_only=True)
+    with parallel.watchdog.phase("forward without gradients"):
+        return run_schedule(chunks, packs, on_output, parallel, forward_only=True)

@@ -6,7 +6,10 @@ import json
 import logging
 import math
 import os
+import shutil
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -31,6 +34,7 @@ TAGS = {  # name in a record and in metrics.jsonl -> TensorBoard tag
     "nll": "{algo}/nll",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
+    "skipped": "optim/skipped",  # 1: the step was not finite and changed nothing, else 0
     "tokens_per_s": "perf/tokens_per_s",
     "tokens_per_s_per_gpu": "perf/tokens_per_s_per_gpu",
     "pairs_per_s": "perf/pairs_per_s",
@@ -59,7 +63,8 @@ class Telemetry:
     """Takes one record per optimizer step on the main rank; on other ranks it does nothing.
 
     A record has `step` (1-based) and any of `TAGS`; None means "no value". What an earlier run
-    wrote for steps beyond `start_step` is taken back.
+    wrote for steps beyond `start_step` is taken back. A disk that does not take a record is noted in
+    `problem`, for the ranks to end together: after it nothing is written.
     """
 
     def __init__(
@@ -74,8 +79,10 @@ class Telemetry:
         is_main: bool,
     ) -> None:
         self._is_main = is_main
+        self.problem: str | None = None
         if not is_main:
             return
+        self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         self._algorithm = algorithm
         self._first_step = start_step + 1
@@ -102,22 +109,38 @@ class Telemetry:
         finite = {
             name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
         }
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-        if self._writer:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    tag = TAGS[name].format(algo=self._algorithm)
-                    self._writer.add_scalar(tag, value, step)
+        try:
+            if self.problem is None:
+                self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+                self._write_scalars(step, values)
+        except OSError as error:
+            self.problem = (
+                f"step {step}: the metrics cannot be written into {self._run_dir} ({error.strerror}; "
+                f"{shutil.disk_usage(self._run_dir).free:,} bytes are free there). Make room; the same "
+                "command then continues from the last checkpoint, and nothing of the metrics is missing"
+            )
         self._show(step, values)
+
+    def refuse_problem(self) -> None:
+        """Raises: ValueError when a record could not be written. On the main rank."""
+        if self.problem is not None:
+            raise ValueError(self.problem)
 
     def close(self) -> None:
         if not self._is_main:
             return
         if self._bar:
             self._bar.stop()
-        if self._writer:
-            self._writer.close()
-        self._metrics.close()
+        for file in (self._writer, self._metrics):
+            with suppress(OSError):  # a full disk, which step has noted
+                if file:
+                    file.close()
+
+    def _write_scalars(self, step: int, values: dict[str, float | int | None]) -> None:
+        for name, value in values.items():
+            if self._writer and name != "step" and value is not None:
+                tag = TAGS[name].format(algo=self._algorithm)
+                self._writer.add_scalar(tag, value, step)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:
         shown = [
@@ -159,9 +182,17 @@ def _row_step(row: bytes) -> float:
         return math.inf
 
 
+def _report_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps an OSError for the next record, and need not print it as well."""
+    of_writer = type(args.thread).__module__.startswith("tensorboard.")
+    if not (of_writer and isinstance(args.exc_value, OSError)):
+        threading.__excepthook__(args)
+
+
 def _open_tensorboard(folder: Path, start_step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _report_thread
     # purge_step: readers drop what an interrupted run wrote for this step and later ones
     return SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 

@@ -9,24 +9,29 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nova_sys.config_io import check, load_recipe
 from nova_sys.errors import exit_on_user_error
 from nova_sys.log import describe_fallbacks, setup_logging
+from nova_sys.stopping import stop_signals
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
-    with exit_on_user_error():
+    with exit_on_user_error(), stop_signals() as stop:
         config = load_recipe(args.recipe, args.set)
+        from nova_sys.model.build import check_kernels
         from nova_sys.parallel import current_world_size, parallel_run
         from nova_sys.trainer import Trainer
 
         check(config, current_world_size())
-        with parallel_run(config.parallel, seed=config.train.seed) as parallel:
+        hangs = Path(config.run.dir) / "hangs"
+        with parallel_run(config.parallel, seed=config.train.seed, hangs_dir=hangs) as parallel:
             logging.getLogger(__name__).info("%s; %s", parallel.describe(), describe_fallbacks())
-            Trainer(config, parallel).train()
+            check_kernels(config.train.kernels, parallel.device)
+            Trainer(config, parallel, stop).train()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

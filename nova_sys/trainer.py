@@ -9,60 +9,63 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_sys.algo import build_algorithm
-from nova_sys.checkpoint import (
-    Checkpointer,
-    Description,
-    describe_model,
-    load_weights,
-    new_identity,
-    read_description,
-)
+from nova_sys.checkpoint import Checkpointer, load_weights, new_identity
+from nova_sys.checkpoint_files import Description, describe_model, read_description
 from nova_sys.config import RunConfig
-from nova_sys.config_io import to_toml
+from nova_sys.config_io import check_profile, to_toml
+from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.metrics import StepClock
 from nova_sys.model.build import build_model, head_dim, transformer_config
 from nova_sys.model.gpt import PackedGPT
+from nova_sys.non_finite import explain_non_finite
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
 from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first
 from nova_sys.reference import OnlineReference, cache_key, cached_logps, compute_logps
-from nova_sys.start import find_start, first_weights, run_fields
+from nova_sys.run_lock import RunLock
+from nova_sys.start import claim, find_start, first_weights, run_fields
 from nova_sys.step import NonFiniteStep, StepResult, train_step
-from nova_sys.telemetry import Profiler, Telemetry
+from nova_sys.stopping import StopRequest
+from nova_sys.telemetry import Profiler, Record, Telemetry
 
 logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 10
+"""Steps in a row that may be skipped because they are not finite."""
 
 
 class Trainer:
     """One run, from its configuration to its last checkpoint."""
 
-    def __init__(self, config: RunConfig, parallel: Parallel) -> None:
+    skipped_in_a_row = 0
+
+    def __init__(
+        self, config: RunConfig, parallel: Parallel, stop: StopRequest | None = None
+    ) -> None:
         self.config, self.parallel = config, parallel
+        self.stop = stop or StopRequest()
         self.run_dir = Path(config.run.dir)
+        self.lock = RunLock(self.run_dir)
+        from_main(parallel, self.lock.acquire)
         self.start = from_main(parallel, lambda: find_start(config))
         self.dtype = choose_dtype(config.train.precision, parallel.device)
         self.algorithm = build_algorithm(config.algo)
         self.data = main_rank_first(
-            parallel, lambda: prepare_data(config, self.start.tokenizer_dir)
+            parallel,
+            lambda: prepare_data(config, self.start.tokenizer_dir, verify=parallel.is_main),
         )
         self.vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
-        self.mcore_config = transformer_config(
-            config.model,
-            parallel,
-            dtype=self.dtype,
-            recompute=config.train.recompute,
-            recompute_layers=config.train.recompute_layers,
-        )
+        self.mcore_config = self._transformer_config()
         self.chunks = self._build_model()
         if self.start.resume_from is None:
             self._load_first_weights(self.chunks)
         self.loader = self._build_loader()
         self.online = self._build_online_reference()
-        self.total_steps = config.train.steps or self.loader.steps_for(config.train.epochs)
+        self.total_steps = self._count_steps()
         self.ddp = wrap_for_training(
             self.chunks,
             self.mcore_config,
@@ -75,33 +78,24 @@ class Trainer:
             dtype=self.dtype,
             distributed=config.parallel.distributed_optimizer,
         )
+        self.clock = self._build_clock()
         self.checkpointer = Checkpointer(
             self.run_dir, config.checkpoint, rank=parallel.rank, world_size=parallel.world_size
         )
-        self.start_step = self._resume()
+        self.start_step = self._resume()  # random states too: nothing behind it may draw
         self.schedule = build_schedule(
             self.optimizer, config.optimizer, total_steps=self.total_steps
         )
         self.schedule.step(self.start_step)
-        self.clock = StepClock(
-            config.model,
+        resumes = self.start.resume_from is not None
+        from_main(
             parallel,
-            head_dim=head_dim(config.model),
-            vocab_size=self.vocab_size,
-            dtype=self.dtype,
+            lambda: claim(self.run_dir, config, self.data.store.key, resumes=resumes),
         )
-        self.telemetry = Telemetry(
-            self.run_dir,
-            algorithm=self.algorithm.name,
-            log=config.log,
-            start_step=self.start_step,
-            total_steps=self.total_steps,
-            config_text=to_toml(config),
-            is_main=parallel.is_main,
-        )
+        self.telemetry = self._build_telemetry()
 
     def train(self) -> None:
-        """Steps until done, then the last checkpoint."""
+        """Steps until done, or until a signal asks to stop; then the last checkpoint."""
         config = self.config
         profiler = Profiler(
             self.run_dir,
@@ -109,65 +103,108 @@ class Trainer:
             start_step=self.start_step,
         )
         self.loader.start(self.start_step)
+        self.stop.start_training()
+        done = self.start_step
         try:
-            for step in range(self.start_step, self.total_steps):
-                self._one_step(step)
-                profiler.step(step + 1)
-                done = step + 1
+            while done < self.total_steps and not self.stop.agreed:
+                self._one_step(done)
+                done += 1
+                profiler.step(done)
                 if config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0:
                     self.save(done)
                 self.checkpointer.poll()
-            if self.start_step < self.total_steps:
-                self.save(self.total_steps)
-            else:
+                self.stop.reason = self.stop.reason or self.telemetry.problem
+            if done > self.start_step:
+                self.save(done)
+            self.checkpointer.wait()
+            if done < self.total_steps:
                 logger.info(
-                    "step %d of %d is already done; nothing to train",
-                    self.start_step,
+                    "stopped by %s after step %d of %d; checkpoint %s; the same command continues",
+                    self.stop.reason or "a signal to another rank",
+                    done,
                     self.total_steps,
+                    self.checkpointer.folder(done),
                 )
-            self.checkpointer.close()
+            elif done == self.start_step:
+                logger.info("step %d of %d is already done; nothing to train", done, done)
         finally:
+            self.checkpointer.close()
             self.loader.stop()
             self.telemetry.close()
             profiler.close()
+            self.lock.release()
 
     def _one_step(self, step: int) -> None:
+        watchdog = self.parallel.watchdog
+        watchdog.step = step + 1
         began = time.perf_counter()
-        packs = self.loader.next()
+        with watchdog.phase("data"):
+            packs = self.loader.next()
         data_wait_s = time.perf_counter() - began
         if self.online is not None:
             packs = self.online.score(packs)
+        unmoved = step == self.skipped_in_a_row  # no step has changed the weights yet
         try:
-            result = train_step(self.ddp, self.optimizer, packs, self.algorithm, self.parallel)
+            result = train_step(
+                self.ddp, self.optimizer, packs, self.algorithm, self.parallel, self.stop
+            )
         except NonFiniteStep as error:
-            raise FloatingPointError(self._explain(step, error)) from None
-        if step == 0:
-            self._check_first_loss(result)
+            self._skip_or_stop(step, packs, error)
+            result = None
+        else:
+            self.skipped_in_a_row = 0
+            if unmoved:
+                self._check_first_loss(result)
         lr = next(group["lr"] for group in self.optimizer.param_groups)
-        self.schedule.step(1)
-        record = {"step": step + 1, **result.means, "grad_norm": result.grad_norm, "lr": lr}
-        record[self.algorithm.count_name] = result.count
+        self.schedule.step(1)  # also after a skip: the schedule is a function of the step's number
+        record = {"step": step + 1, **self._values(result), "lr": lr, "skipped": int(not result)}
         record["epoch"] = (
             (step + 1) * self.config.train.global_batch_packs / self.loader.packs_per_epoch
         )
-        record |= self.clock.record(packs, time.perf_counter() - began, data_wait_s)
+        with watchdog.phase("metrics"):
+            record |= self.clock.record(packs, time.perf_counter() - began, data_wait_s)
         if self.algorithm.name == "sft":
             del record["pairs_per_s"]
         self.telemetry.step(record)
+        watchdog.warm = True
 
-    def _explain(self, step: int, error: NonFiniteStep) -> str:
-        """Which step, and which documents of which ranks. Called on every rank."""
-        everywhere: list[list[int]] = [[] for _ in range(self.parallel.world_size)]
-        dist.all_gather_object(everywhere, error.documents)  # now every rank knows all of them
-        documents = sorted({document for found in everywhere for document in found})
-        where = ", ".join(f"{d} ({self.data.store.source_of(d)})" for d in documents)
-        return (
-            f"step {step + 1}: the loss is {error.loss} or a gradient is not finite; weights and optimizer are as before the step. "
-            f"Documents in packs with such a loss: {where or 'none, so the fault lies in the backward pass'}. "
-            "Look at them, lower optimizer.lr, or raise optimizer.warmup_steps; the run resumes from its last checkpoint"
+    def _values(self, result: StepResult | None) -> Record:
+        """What the step's record says of loss, gradient and count; nothing of a skipped step."""
+        count = self.algorithm.count_name
+        if result is None:
+            return {**dict.fromkeys([*self.algorithm.metric_names, "grad_norm"]), count: 0}
+        return {**result.means, "grad_norm": result.grad_norm, count: result.count}
+
+    def _skip_or_stop(self, step: int, packs: list[Pack], error: NonFiniteStep) -> None:
+        """Names what is at fault. Raises: FloatingPointError unless this step is to be skipped. Called on every rank."""
+        found = explain_non_finite(
+            error,
+            step=step,
+            chunks=self.ddp,
+            packs=packs,
+            algorithm=self.algorithm,
+            parallel=self.parallel,
+            loader=self.loader,
+            store=self.data.store,
+        )
+        self.skipped_in_a_row += 1
+        skips = self.config.train.non_finite == "skip"
+        if skips and self.skipped_in_a_row < MAX_SKIPPED_STEPS:
+            in_a_row = f"{self.skipped_in_a_row} in a row, {MAX_SKIPPED_STEPS} stop the run"
+            if self.parallel.is_main:
+                logger.warning("%s. The step is skipped (%s)", found, in_a_row)
+            return
+        self.checkpointer.wait()  # a save under way is whole, and the run resumes from it
+        how_many = f"This is skipped step {self.skipped_in_a_row} in a row. " if skips else ""
+        hint = "" if skips else 'train.non_finite="skip" leaves such steps out; '
+        raise FloatingPointError(
+            f"{found}. {how_many}Look at the documents, lower optimizer.lr, or raise optimizer.warmup_steps; {hint}"
+            "the same command resumes from the last checkpoint"
         )
 
     def save(self, step: int) -> None:
+        """Called on every rank. Raises: ValueError on every rank when the disk is full; also when it was for the metrics up to here."""
+        from_main(self.parallel, self.telemetry.refuse_problem)
         description = Description(
             step=step,
             model=describe_model(self.config.model),
@@ -176,17 +213,49 @@ class Trainer:
             data_key=self.data.store.key,
             start_identity=self.start.identity,
             world_size=self.parallel.world_size,
+            device=self.parallel.device.type,
             identity=new_identity(),
         )
-        self.checkpointer.save(
-            description,
-            self.chunks,
-            self.optimizer,
-            config_text=to_toml(self.config),
-            tokenizer_dir=self.data.tokenizer_dir,
-        )
+        with self.parallel.watchdog.phase("save", watched=False):  # a slow disk is no hang
+            self.checkpointer.save(
+                description,
+                self.chunks,
+                self.optimizer,
+                config_text=to_toml(self.config),
+                tokenizer_dir=self.data.tokenizer_dir,
+            )
 
     # -- building ---------------------------------------------------------------------------------------------------
+
+    def _transformer_config(self) -> TransformerConfig:
+        train = self.config.train
+        return transformer_config(
+            self.config.model,
+            self.parallel,
+            dtype=self.dtype,
+            recompute=train.recompute,
+            recompute_layers=train.recompute_layers,
+        )
+
+    def _build_clock(self) -> StepClock:
+        return StepClock(
+            self.config.model,
+            self.parallel,
+            head_dim=head_dim(self.config.model),
+            vocab_size=self.vocab_size,
+            dtype=self.dtype,
+        )
+
+    def _build_telemetry(self) -> Telemetry:
+        return Telemetry(
+            self.run_dir,
+            algorithm=self.algorithm.name,
+            log=self.config.log,
+            start_step=self.start_step,
+            total_steps=self.total_steps,
+            config_text=to_toml(self.config),
+            is_main=self.parallel.is_main,
+        )
 
     def _build_model(self) -> list[PackedGPT]:
         config = self.config
@@ -197,6 +266,7 @@ class Trainer:
             vocab_size=self.vocab_size,
             max_positions=config.data.pack_length,
             seed=config.train.seed,
+            backend=config.train.kernels,
         )
 
     def _load_first_weights(self, chunks: list[PackedGPT]) -> None:
@@ -237,12 +307,18 @@ class Trainer:
             key = cache_key(
                 self.start.identity, store.key, str(self.dtype), config.data.share_prefix
             )
-            path = self.data.cache_dir / f"reference-{key}.npy"
+            path = self.data.cache_dir / f"reference-{key}.npz"
             ref_logp, there = cached_logps(path, store.num_responses, compute, self.parallel)
             logger.info(
                 "reference log-probs: %s", "from the cache" if there else "computed and cached"
             )
         return loader(None if config.train.steps else config.train.epochs, ref_logp)
+
+    def _count_steps(self) -> int:
+        train = self.config.train
+        total_steps = train.steps or self.loader.steps_for(train.epochs)
+        check_profile(self.config, total_steps)
+        return total_steps
 
     def _build_online_reference(self) -> OnlineReference | None:
         if not self.algorithm.needs_reference or self.config.algo.reference == "cache":
@@ -268,14 +344,15 @@ class Trainer:
 
     def _check_first_loss(self, result: StepResult) -> None:
         """Step 0 of DPO: policy and reference are the same weights, every margin is 0 and the loss is ln 2."""
-        config = self.config
-        if not (self.algorithm.needs_reference and config.train.check_first_loss):
+        expected = self.algorithm.expected_first_loss(result.means)
+        if expected is None or not self.config.train.check_first_loss:
             return
-        tolerance = 1e-5 if self.dtype == torch.float32 else 1e-3
-        off = abs(result.means["loss"] - math.log(2.0))
-        if off > tolerance:
+        tolerance = (1e-5 if self.dtype == torch.float32 else 1e-3) * max(1.0, expected)
+        off = abs(result.means["loss"] - expected)
+        if not off <= tolerance:
+            what = "ln 2 = 0.6931472" if expected == math.log(2.0) else f"{expected:.7f}"
             raise RuntimeError(
-                f"the first DPO loss is {result.means['loss']:.7f}, which is {off:.1e} from ln 2 = 0.6931472 (allowed: {tolerance:.0e}). "
+                f"the first DPO loss is {result.means['loss']:.7f}, which is {off:.1e} from {what} (allowed: {tolerance:.0e}). "
                 "Policy and reference should be equal at step 0. Usual causes: reference log-probs of other weights or data (delete the cache folder), "
                 "randomness in the forward pass such as dropout, or a fault in tensor or sequence parallelism. "
                 "train.check_first_loss=false turns this check off"

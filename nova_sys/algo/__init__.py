@@ -9,7 +9,14 @@ from nova_sys.config import AlgoConfig
 def build_algorithm(config: AlgoConfig) -> Algorithm:
     if config.name == "sft":
         return SFT()
-    return DPO(beta=config.beta, loss=config.loss)
+    return DPO(
+        beta=config.beta,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+        target_margin=config.target_margin,
+        length_normalize=config.length_normalize,
+        nll_weight=config.nll_weight,
+    )
 
 
 __all__ = ["Algorithm", "LossOutput", "build_algorithm"]

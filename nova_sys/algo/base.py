@@ -16,7 +16,7 @@ from nova_sys.data.batch import DevicePack
 
 @dataclass(frozen=True)
 class LossOutput:
-    """loss_sum () fp32 with gradient; count () int; metric_sums (len(metric_names),) fp32 without gradient."""
+    """loss_sum () fp64 with gradient; count () int; metric_sums (len(metric_names),) fp64 without gradient."""
 
     loss_sum: torch.Tensor
     count: torch.Tensor
@@ -36,6 +36,9 @@ class Algorithm(Protocol):
     @property
     def needs_reference(self) -> bool: ...
     def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput: ...
+    def expected_first_loss(self, means: dict[str, float]) -> float | None:
+        """What the first step's loss must be, given that step's metrics; None when nobody can know."""
+        ...
 
 
 def sequence_logp(logp_R: torch.Tensor, pack: DevicePack) -> torch.Tensor:

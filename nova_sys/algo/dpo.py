@@ -1,17 +1,21 @@
-"""Direct preference optimisation (arXiv 2305.18290):
+"""Direct preference optimisation (arXiv 2305.18290) and the other losses of the same log-probabilities:
 
     margin = beta * [(log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))],      loss = -log sigma(margin)
 
-summed over pairs and divided by their global number. Other losses of the same two log-probabilities are entries of
-`nova_kernels.preference_loss.LOSSES`. Left out: length normalisation and mixing several losses.
+summed over pairs and divided by their global number. `algo.loss` chooses among `nova_kernels.preference_loss.LOSSES`, whose equations
+stand there. Left out: mixing several losses, and unpaired answers (KTO).
 """
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import torch
 
 from nova_kernels import preference_loss
 from nova_sys.algo.base import LossOutput, sequence_logp, sequence_tokens
+from nova_sys.config import REFERENCE_FREE_LOSSES
 from nova_sys.data.batch import DevicePack
 
 
@@ -26,18 +30,36 @@ class DPO:
         "rejected_reward",
         "chosen_logp",
         "rejected_logp",
+        "nll",
     )
-    needs_reference = True
 
-    def __init__(self, *, beta: float, loss: str) -> None:
-        self.beta, self.loss_name = beta, loss
+    def __init__(
+        self,
+        *,
+        beta: float,
+        loss: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        target_margin: float = 0.0,
+        length_normalize: bool = False,
+        nll_weight: float = 0.0,
+    ) -> None:
+        self.beta, self.loss_name, self.nll_weight = beta, loss, nll_weight
+        self.needs_reference = loss not in REFERENCE_FREE_LOSSES
+        self._pair_losses = partial(
+            preference_loss,
+            beta=beta,
+            loss=loss,
+            label_smoothing=label_smoothing,
+            target_margin=target_margin,
+            length_normalize=length_normalize,
+            nll_weight=nll_weight,
+        )
 
     def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput:
-        logp_B = sequence_logp(logp_R, pack)
-        result = preference_loss(
-            logp_B, pack.ref_logp_B, sequence_tokens(pack), beta=self.beta, loss=self.loss_name
-        )
-        loss_sum = result.loss_P.sum().float()
+        logp_B, num_tokens_B = sequence_logp(logp_R, pack), sequence_tokens(pack)
+        result = self._pair_losses(logp_B, pack.ref_logp_B, num_tokens_B)
+        loss_sum = result.loss_P.sum()
+        mean_logp_B = logp_B / num_tokens_B.clamp(min=1)
         metrics = (
             loss_sum,
             (result.margin_P > 0).sum() + 0.5 * (result.margin_P == 0).sum(),  # a tie is half right
@@ -46,6 +68,14 @@ class DPO:
             result.rejected_reward_P.sum(),
             logp_B[0::2].sum(),  # sequence 2p is pair p's chosen answer, 2p + 1 its rejected one
             logp_B[1::2].sum(),
+            -mean_logp_B[0::2].sum(),
         )
         count = torch.full((), logp_B.numel() // 2, dtype=torch.int, device=logp_R.device)
-        return LossOutput(loss_sum, count, torch.stack([m.detach().float() for m in metrics]))
+        return LossOutput(loss_sum, count, torch.stack([m.detach().double() for m in metrics]))
+
+    def expected_first_loss(self, means: dict[str, float]) -> float | None:
+        """Of margins that are 0, since policy and reference are equal at step 0: ln 2, or what the chosen loss gives there."""
+        if not self.needs_reference:
+            return None
+        at_zero = {"hinge": 1.0, "ipo": 0.25 / self.beta**2}.get(self.loss_name, math.log(2.0))
+        return at_zero + self.nll_weight * means["nll"]

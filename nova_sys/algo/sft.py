@@ -18,6 +18,9 @@ class SFT:
     needs_reference = False
 
     def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput:
-        nll = -logp_R.sum()
+        nll = -logp_R.double().sum()
         count = torch.full((), logp_R.numel(), dtype=torch.int, device=logp_R.device)
         return LossOutput(nll, count, nll.detach()[None])
+
+    def expected_first_loss(self, means: dict[str, float]) -> None:
+        return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -72,7 +74,7 @@ def test_help_lists_every_command():
         ("train", ["--set", "--nproc", "--dry-run"]),
         ("prepare", ["--set"]),
         ("evaluate", ["--data", "--reference", "--set", "--nproc", "--per-pair", "--with-ids"]),
-        ("generate", ["--file", "--max-new-tokens", "--set"]),
+        ("generate", ["--file", "--max-new-tokens", "--temperature", "--json", "--nproc", "--set"]),
         ("keys", []),
         ("demo", ["--out"]),
     ],
@@ -142,26 +144,44 @@ def test_evaluate_hands_on_its_arguments(nova, launched):
     assert code == 2 and "give --per-pair OUT.jsonl too" in err
 
 
-def test_generate_reads_arguments_and_file(nova, tmp_path, monkeypatch):
-    fake = types.ModuleType("nova_sys.generate")
+def test_generate_hands_on_its_arguments(nova, launched):
+    options = ["--max-new-tokens", 8, "--temperature", 0.5, "--top-p", 0.9, "--seed", 3]
+    options += ["--num-samples", 2, "--chat", "--batch-tokens", 99, "--json", "--with-ids"]
+    options += ["--file", "p.txt", "--nproc", 2]
+    code, _, _ = nova("generate", "runs/x", *options, "--", "-a b", "c")
+    assert code == 5
+    expected = ["--prompt=-a b", "--prompt=c", "--max-new-tokens=8", "--temperature=0.5"]
+    expected += ["--top-p=0.9", "--seed=3", "--num-samples=2", "--batch-tokens=99"]
+    expected += ["--chat", "--json", "--with-ids", "--file=p.txt"]
+    assert launched == [("nova_sys.generate", ["runs/x", *expected], 2)]
+    code, _, err = nova("generate", "runs/x", "a", "--with-ids")
+    assert code == 2 and "give --json or --out" in err
 
-    def generate_greedy(checkpoint, prompts, max_new_tokens, *, overrides):
-        assert (str(checkpoint), max_new_tokens, overrides) == ("runs/x", 8, ["parallel.tensor=1"])
-        return [prompt.upper() if isinstance(prompt, str) else str(prompt) for prompt in prompts]
 
-    fake.generate_greedy = generate_greedy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nova_sys.generate", fake)
-    (tmp_path / "prompts.txt").write_text("b=\nc=\n")
-    options = ["--file", tmp_path / "prompts.txt", "--max-new-tokens", 8]
-    code, out, _ = nova("generate", "runs/x", "a=", *options, "--set", "parallel.tensor=1")
-    assert (code, out) == (0, "a=A=\nb=B=\nc=C=\n")
-    options = ["--max-new-tokens", 8, "--set", "parallel.tensor=1", "--chat"]
-    code, out, _ = nova("generate", "runs/x", "hi ", *options)
-    assert (code, out) == (0, "hi [{'role': 'user', 'content': 'hi '}]\n")
+def test_generate_reads_standard_input(nova, monkeypatch):
+    """When it is asked to, or when there is no other prompt and no terminal; as a file, which every rank can read."""
+    seen = []
+
+    def launch(_, argv: list[str], __: int) -> int:
+        (flag,) = (part for part in argv if part.startswith("--file="))
+        seen.append(Path(flag.removeprefix("--file=")).read_text())
+        return 0
+
+    def typed(data: str, *, terminal: bool) -> types.SimpleNamespace:
+        return types.SimpleNamespace(buffer=io.BytesIO(data.encode()), isatty=lambda: terminal)
+
+    monkeypatch.setattr(cli, "launch", launch)
+    for arguments, terminal in (
+        ([], False),
+        (["--file", "-"], True),
+        (["a", "--file", "-"], False),
+    ):
+        monkeypatch.setattr(sys, "stdin", typed("one\n\u4e2d\n", terminal=terminal))
+        assert nova("generate", "runs/x", *arguments)[0] == 0
+        assert seen.pop() == "one\n\u4e2d\n"
+    monkeypatch.setattr(sys, "stdin", typed("one", terminal=True))
     code, _, err = nova("generate", "runs/x")
-    assert code == 2 and "no prompts" in err
-    code, _, err = nova("generate", "runs/x", "--file", tmp_path / "absent.txt")
-    assert code == 2 and "absent.txt: cannot be read" in err
+    assert code == 2 and "no prompts" in err and seen == []
 
 
 def test_keys_lists_every_key_once(nova):

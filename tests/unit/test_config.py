@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_sys.config import RunConfig
-from nova_sys.config_io import SECTIONS, TYPES, check, describe_fields, load_recipe, to_toml
+from nova_sys.config_io import (
+    SECTIONS,
+    TYPES,
+    check,
+    check_profile,
+    describe_fields,
+    load_recipe,
+    to_toml,
+)
 from nova_sys.config_rules import NOT_NEGATIVE, POSITIVE
 
 RUNNABLE = ["data.train=pairs.jsonl", "model.vocab_size=4096"]
@@ -171,9 +179,56 @@ def test_a_malformed_override_says_how_to_write_it(tmp_path, override):
 def test_unreadable_recipes(tmp_path):
     assert "there is no such file" in refusal(load_recipe, tmp_path / "absent.toml", [])
     assert "this is a folder" in refusal(load_recipe, tmp_path, [])
-    assert "not valid TOML" in refusal(load, tmp_path, "[train\n")
+    assert "recipe.toml:1: not valid TOML" in refusal(load, tmp_path, "[train\n")
+    assert "recursion" in refusal(load, tmp_path, "a = " + "[" * 100_000)
+    assert "9000 digits" in refusal(load, tmp_path, "a = " + "9" * 9000)
     (tmp_path / "latin.toml").write_bytes(b'[run]\ndir = "\xe9"\n')
-    assert "not valid TOML" in refusal(load_recipe, tmp_path / "latin.toml", [])
+    assert "byte 0xe9 in line 2" in refusal(load_recipe, tmp_path / "latin.toml", [])
+
+
+def test_problems_name_their_line(tmp_path):
+    text = "# steps = 1\n[train]\nsteps = 'x'\nseed = 1\n[data]\n  steps=3\n[ nowhere ]\nx = 1\n"
+    message = refusal(load, tmp_path, text, "train.seed=x", "data.trian=y")
+    for key, place in (
+        ("train.steps", f"{tmp_path}/recipe.toml:3"),
+        ("data.steps", f"{tmp_path}/recipe.toml:6"),
+        ("nowhere.x", f"{tmp_path}/recipe.toml:8"),
+        ("train.seed", "in --set"),
+        ("data.trian", "in --set"),
+    ):
+        assert any(
+            line.strip().startswith(key) and line.endswith(f"({place})")
+            for line in message.splitlines()
+        ), (key, message)
+    assert refusal(load, tmp_path, "lr = 1").endswith("recipe.toml:1)")
+    assert refusal(load, tmp_path, "data = 1").endswith("recipe.toml:1)")
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 17, "0x" + "f" * 9000, "-" + "9" * 100])
+@pytest.mark.parametrize("key", ["train.steps", "optimizer.lr", "nowhere.x", "data.train"])
+def test_numbers_beyond_64_bits(tmp_path, key, number):
+    section, name = key.split(".")
+    value = f"[{number}]" if key == "data.train" else number
+    for message in (
+        refusal(load, tmp_path, f"[{section}]\n{name} = {value}\n"),
+        refusal(load, tmp_path, "", f"{key}={value}"),
+    ):
+        assert f"{key} is set to a larger number than can be read" in message
+
+
+def test_overrides_that_only_look_like_toml(tmp_path):
+    assert load(tmp_path, "", "data.train=[ab]*.jsonl").data.train == "[ab]*.jsonl"
+    for value in ("[a, b]", "['a'", "['a', b]", "'a'b'", '"a\\q"'):
+        message = refusal(load, tmp_path, "", f"data.train={value}")
+        assert f"--set data.train={value}: must be valid TOML inside brackets and quotes" in message
+    assert "must be UTF-8 text" in refusal(load, tmp_path, "", "data.train=caf\udce9")
+
+
+def test_the_profile_ends_with_the_run(tmp_path):
+    config = load(tmp_path, "", *RUNNABLE, "log.profile_steps=[3, 9]")
+    check(config, 1)
+    check_profile(config, 9)
+    assert "last step, which is 8" in refusal(check_profile, config, 8)
 
 
 def test_check_accepts_a_runnable_config(tmp_path):
@@ -219,7 +274,7 @@ def test_check_accepts_a_runnable_config(tmp_path):
         ("optimizer.min_lr=1", 1, ["optimizer.min_lr = 1.0", "optimizer.lr = 0.0001"]),
         ("log.profile_steps=[5,4]", 1, ["[5, 4]", "first <= last"]),
         ("log.profile_steps=[0,4]", 1, ["[0, 4]", "1 <= first"]),
-        ("log.profile_steps=[3,9] train.steps=8", 1, ["[3, 9]", "train.steps = 8"]),
+        ("log.profile_steps=[3,9] train.steps=8", 1, ["[3, 9]", "last step, which is 8"]),
         ("train.epochs=0", 1, ["train.epochs = 0", "nothing to train"]),
         ('data.train=""', 1, ['data.train = ""', "--set data.train=PATH"]),
         ("data.train=[]", 1, ["data.train = []", "--set data.train=PATH"]),
@@ -228,13 +283,18 @@ def test_check_accepts_a_runnable_config(tmp_path):
         (
             "algo.name=sft algo.reference=online",
             1,
-            ["algo.reference", "compares with no reference"],
+            ["algo.reference", "which knows no pairs"],
         ),
         ("model.kv_shift_init=random", 1, ["model.kv_shift_init", "model.kv_shift is false"]),
         ("train.recompute_layers=2", 1, ["recompute_layers = 2", 'recompute = "none"']),
         ("optimizer.betas=[0.9,1.0]", 1, ["optimizer.betas = [0.9, 1.0]", "below 1"]),
         ("optimizer.lr=nan", 1, ["optimizer.lr = nan", "finite and above 0", "0.0001"]),
         ("algo.beta=inf", 1, ["algo.beta = inf", "finite and above 0"]),
+        ("data.max_skipped=1.01", 1, ["data.max_skipped = 1.01", "0 or more, at most 1"]),
+        ("data.max_skipped=-0.1", 1, ["data.max_skipped = -0.1", "finite and 0 or more"]),
+        ("data.workers=5000", 1, ["data.workers = 5000", "at most 4096"]),
+        ("model.num_layers=2147483648", 1, ["num_layers = 2147483648", "at most 2147483647"]),
+        ("train.precision=fp8", 1, ['train.precision = "fp8"', "does not use yet", '"bf16"']),
         ("parallel.tensor=0 train.steps=-1", 1, ["tensor = 0", "above 0", "steps = -1", "or more"]),
     ],
 )

@@ -15,7 +15,7 @@ import nova_sys
 from nova_sys.launcher import launch
 
 JOB = """
-import os, sys, time
+import os, signal, sys, time
 from nova_sys.errors import exit_on_user_error
 
 def main(argv):
@@ -53,7 +53,19 @@ def wait(rank):
 def leave(rank):
     sys.exit(7)
 
-ACTIONS = {f.__name__: f for f in (reduce, mistake, fault, killed, wait, leave)}
+def stubborn(rank):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait(rank)
+
+def polite(rank):
+    def save(number, frame):
+        time.sleep(1)
+        print("<saved>", flush=True)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, save)
+    wait(rank)
+
+ACTIONS = {f.__name__: f for f in (reduce, mistake, fault, killed, wait, leave, stubborn, polite)}
 
 if __name__ == "__main__":
     main(sys.argv[1:])
@@ -148,3 +160,31 @@ def test_a_fault_in_one_process_keeps_its_traceback(job, monkeypatch):
 def test_a_number_of_processes_below_one(job):
     with pytest.raises(ValueError, match="nproc = 0: must be 1 or more"):
         launch(job, [], 0)
+
+
+def test_a_second_signal_ends_the_job_at_once(job):
+    code = (
+        "import sys; from nova_sys import launcher; launcher.ONE_SIGNAL_S = 0.1; "
+        f"sys.exit(launcher.launch('{job}', ['stubborn'], 2))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout
+    workers = [int(launcher.stdout.readline().split()[1].rstrip(">")) for _ in range(2)]
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)  # longer than signals count as one
+    assert launcher.poll() is None and all(map(is_running, workers))
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(40) == 128 + signal.SIGTERM
+    assert not any(map(is_running, workers))
+    launcher.stdout.close()
+
+
+def test_workers_that_end_well_after_a_signal_end_the_job_well(job):
+    code = f"import sys; from nova_sys import launcher; sys.exit(launcher.launch('{job}', ['polite'], 2))"
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout
+    for _ in range(2):
+        launcher.stdout.readline()
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0 and out.count("<saved>") == 2

@@ -1,0 +1,148 @@
+"""A run that was stopped and continued is the run that was not: bit for bit on the same layout, to rounding on another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from nova_kernels.testing import run_ranks
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "dpo_hh_small.toml"
+SMALL = {
+    "model.num_layers": 2,
+    "model.hidden_size": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_hidden_size": 48,
+    "model.vocab_size": 300,
+    "model.kv_shift": True,
+    "data.pack_length": 128,
+    "data.max_length": 128,
+    "train.steps": 10,
+    "train.global_batch_packs": 4,
+    "optimizer.lr": 1e-3,
+    "optimizer.eps": 1e-4,  # of a gradient's size: else rounding of nearly zero ones moves weights
+    "optimizer.warmup_steps": 2,
+    "log.tensorboard": False,
+    "log.progress": False,
+    "checkpoint.every_steps": 0,
+}
+TP2_PP2 = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
+TIMES = {"tokens_per_s", "tokens_per_s_per_gpu", "pairs_per_s", "step_time_s", "data_wait_ms"}
+TIMES |= {"mfu", "peak_gib"}
+Part = tuple[str, dict[str, Any], int]
+"""Run folder, settings, and the number of steps after which a signal comes (0: none does)."""
+
+
+def train_parts(rank: int, folder: str, parts: list[Part]) -> None:
+    """`run_ranks` worker: each part as a process of its own would train it. The signal comes to the last rank, within a step."""
+    from nova_sys.config_io import load_recipe
+    from nova_sys.parallel import parallel_run
+    from nova_sys.stopping import stop_signals
+    from nova_sys.trainer import Trainer
+
+    for name, changes, stop_after in parts:
+        data = {"data.train": f"{folder}/pairs.jsonl", "data.cache_dir": f"{folder}/cache"}
+        settings = {**SMALL, **data, **changes, "run.dir": f"{folder}/{name}"}
+        config = load_recipe(RECIPE, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+        with stop_signals() as stop, parallel_run(config.parallel, seed=1) as parallel:
+            trainer = Trainer(config, parallel, stop)
+            one_step = trainer._one_step
+
+            def step_with_signal(
+                step: int, *, after: int = stop_after, work: Any = one_step
+            ) -> None:
+                if after and step + 1 == after and rank == parallel.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                work(step)
+
+            trainer._one_step = step_with_signal
+            trainer.train()
+            assert bool(stop_after) == stop.agreed
+
+
+def write_pairs(path: Path, count: int) -> None:
+    rng = random.Random(0)
+
+    def words(low: int, high: int) -> str:
+        made = ("".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(high))
+        return " ".join([*made][: rng.randint(low, high)])
+
+    with path.open("w") as out:
+        for _ in range(count):
+            pair = {"prompt": f"Q: {words(1, 12)}\nA: "}
+            pair |= {"chosen": words(1, 9), "rejected": words(1, 9)}
+            out.write(json.dumps(pair) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run below. Each job is started once and trains its parts in turn; a part with a name that was there continues it."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_pairs(folder / "pairs.jsonl", 40)
+    same = {"data.tokenizer": f"{folder}/dp2/tokenizer"}
+    pp, online = {**same, **TP2_PP2}, {**same, "algo.reference": "online"}
+    often = {**same, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
+    jobs: list[tuple[int, list[Part]]] = [
+        (2, [("dp2", {}, 0), ("dp2-dp2", same, 3), ("dp2-dp2", same, 0), ("dp2-dp4", same, 3)]),
+        (4, [("pp", pp, 0), ("pp-pp", pp, 3), ("pp-pp", pp, 0), ("pp-one", pp, 3)]),
+        (4, [("dp2-dp4", same, 0)]),
+        (1, [("one", same, 0), ("one-one", same, 3), ("one-one", often, 7), ("one-one", same, 0)]),
+        (1, [("mixed", online, 3), ("mixed", same, 7), ("mixed", online, 0), ("pp-one", same, 0)]),
+    ]
+    for num_ranks in (2, 4, 1):
+        parts = [part for ranks, some in jobs if ranks == num_ranks for part in some]
+        run_ranks(train_parts, num_ranks, str(folder), parts, timeout_s=400)
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def tensors(run: Path) -> dict[str, np.ndarray]:
+    """Weights, optimizer and random states of the last checkpoint."""
+    reader = FileSystemReader(run / "checkpoints" / "step_00000010")
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in entries.items()}
+    load(state, storage_reader=reader, no_dist=True)
+    return {key: value.numpy() for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("stopped", "whole"), [("one-one", "one"), ("dp2-dp2", "dp2"), ("pp-pp", "pp")]
+)
+def test_same_layout_bit_for_bit(folder: Path, stopped: str, whole: str) -> None:
+    """In the middle of the first epoch, and (on one rank) again in the second."""
+    ours, theirs = rows(folder / stopped), rows(folder / whole)
+    assert [row["step"] for row in theirs] == [*range(1, 11)]
+    assert theirs[3]["epoch"] < 1 < theirs[6]["epoch"]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == expected
+    a, b = tensors(folder / stopped), tensors(folder / whole)
+    assert a.keys() == b.keys() and any("exp_avg" in key for key in a)
+    assert [key for key in a if not np.array_equal(a[key], b[key])] == []
+
+
+@pytest.mark.parametrize("stopped", ["pp-one", "dp2-dp4", "mixed"])
+def test_another_layout_to_rounding(folder: Path, stopped: str) -> None:
+    """TP2 x PP2 -> one rank, DP2 -> DP4; also from one reference mode to the other and back. The same documents in every step."""
+    for row, expected in zip(rows(folder / stopped), rows(folder / "one"), strict=True):
+        for key in ("step", "epoch", "fill", "num_pairs", "num_tokens", "lr", "skipped"):
+            assert row.get(key) == expected.get(key), key
+        for key in ("loss", "grad_norm", "chosen_logp", "rejected_logp"):
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), (row["step"], key)
+    a, b = tensors(folder / stopped), tensors(folder / "one")
+    for key in (key for key in b if not key.startswith("random.")):
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)
