@@ -12,19 +12,23 @@ HARDWARE := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo h100 || echo
 CONSTRAINTS := constraints/$(HARDWARE).txt
 
 BIN := .venv/bin
+PEER := .venv/peer-trl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed-$(HARDWARE)
 BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl clean
 
 help:
 	@echo 'make demo    align a small model from nothing: data, tokenizer, SFT, DPO, evaluation, into runs/demo'
 	@echo 'make test    every test that needs neither a GPU nor more than a minute'
 	@echo 'make lint    ruff, clang-format, pyright'
+	@echo 'make truth   how far every layout is from one rank, measured, into docs/trust.md'
 	@echo 'make bench   the benchmarks of benchmarks/registry.py, into benchmarks/results'
+	@echo 'make bench-data   10 million documents tokenised, packed and loaded; needs 7 GB in OUT (runs/bench-data)'
+	@echo 'make bench-trl DATA=PAIRS   a DPO step against TRL, on a CPU; TRL in an environment of its own'
 	@echo 'make setup   .venv with pinned packages ($(CONSTRAINTS)) and the C++ extension'
 	@echo 'make clean   remove build products (not .venv, not runs)'
 
@@ -42,8 +46,20 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/pyright
 
+truth: $(INSTALLED)
+	$(BIN)/python benchmarks/one_truth.py
+	$(BIN)/python benchmarks/report.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-data: $(INSTALLED)
+	$(BIN)/python benchmarks/data.py --out $(or $(OUT),runs/bench-data) $(ARGS)
+
+bench-trl: $(INSTALLED) peer-trl
+	$(BIN)/python benchmarks/step.py --peer trl $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+peer-trl: $(PEER)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -53,6 +69,11 @@ $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.10, 3.11 or 3.12 was not found: install one, or say make PYTHON=/path/to/python3.12'; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python 3.10, 3.11 or 3.12'; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+$(PEER)/.installed: constraints/peer-trl.txt | $(BIN)/python
+	$(BIN)/python -m venv $(PEER)
+	$(PEER)/bin/python -m pip --disable-pip-version-check install -q -c constraints/peer-trl.txt trl torch
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints/common.txt $(CONSTRAINTS) $(BUILT_FROM) | $(BIN)/python
 	$(PIP) install -q -c $(CONSTRAINTS) setuptools wheel pybind11 cmake ninja

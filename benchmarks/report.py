@@ -1,4 +1,5 @@
-"""Renders benchmarks/results/*.json into the README, between its `results` marks. `--check` only says whether that is up to date."""
+"""Renders benchmarks/results/*.json into README.md and docs/trust.md, between their `results` marks. `--check` only says whether
+these are up to date."""
 
 from __future__ import annotations
 
@@ -58,16 +59,149 @@ def packing(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo_cpu": demo,
-    "layouts_cpu": layouts,
-    "packing_cpu": packing,
+def data(record: dict[str, Any]) -> str:
+    prepare, planning = record["prepare"], record["planning"]
+    loader, training = record["loader"], record["training"]
+    plan_s = statistics.median(planning["seconds_per_epoch"])
+    lines = [
+        f"**Data at scale**: {record['documents']:,} preference pairs ({prepare['tokens'] / 1e6:,.0f} million tokens, {record['mb']:,} MB of "
+        f"JSON) tokenised in {prepare['seconds'] / 60:.1f} minutes on {record['cores_used']} cores ({machine(record)}): "
+        f"{prepare['documents_per_s']:,} documents/s. The reading process grew by {prepare['reader_growth_mb']} MB at most, a tokenising one "
+        f"took {prepare['worker_mb']} MB; the store takes {prepare['store_bytes_per_document']:.0f} bytes per document. An epoch's plan takes "
+        f"{plan_s:.1f} s and {planning['bytes_per_document_kept']:.0f} bytes per document ({planning['bytes_per_document_peak']:.0f} while it "
+        f"is made), ahead of time; one thread builds {loader['packs_per_s']:,} packs of 1,024 tokens per second. A model that trains "
+        f"{training['packs_per_s']:,.0f} packs/s waits {training['data_wait_ms_median']:.2f} ms per step for data (median; 99%: "
+        f"{training['data_wait_ms_p99']:.2f}).",
+        "",
+        f"The same {record['sample_documents']:,} documents, in turns; the plain libraries get strings in memory and keep nothing, "
+        "`nova prepare` reads JSON and writes a store:",
+        "",
+        "| tokenizer | provider | tokens/s per core |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['tokenizer']} | {row['provider']} | {row['tokens_per_s_per_core']:,} |"
+        for row in record["tokenising"]
+    ]
+    return "\n".join(lines)
+
+
+VARIANTS = {  # as benchmarks/step.py calls them
+    "unshared": "every answer with its own copy of the prefix",
+    "padded": "8 pairs padded to the longest, instead of packs",
+    "all_rows": "every token through the output layer, instead of response rows",
+    "plain": "all three",
+    "one_pack": "an optimizer step after every pack",
 }
 
 
-def render() -> str:
+def step(record: dict[str, Any]) -> str:
+    return "\n\n".join(part(record) for part in (step_speed, step_variants, step_profile))
+
+
+def step_speed(record: dict[str, Any]) -> str:
+    data, ours = record["data"], record["providers"]["full"]
+    lines = [
+        f"**Speed on a CPU**: DPO on {data['pairs']} pairs of hh-rlhf, `dpo_hh_small` ({data['parameters'] / 1e6:.1f} million parameters), fp32, "
+        f"{record['threads']} threads ({machine(record)}); {len(ours['blocks'])} blocks of {data['pairs']} pairs each in turns, medians:",
+        "",
+        "| trainer | pairs/s | pairs per step | positions computed per pair | peak memory |",
+        "|---|---|---|---|---|",
+        step_row("this package", ours),
+    ]
+    if "trl" not in record["providers"]:
+        return "\n".join(lines)
+    trl, times = record["providers"]["trl"], record["speedup"]["trl"]
+    eight, same_batch = record["providers"]["in_order"], record["speedup"]["trl_same_batch"]
+    steps, off = len(record["agreement"]["ours"]), record["agreement"]["largest_difference"]
+    lines += [
+        step_row(f"this package, {data['peer_batch_pairs']} pairs per step as TRL", eight),
+        step_row(f"TRL {trl['about']['trl']}, `DPOTrainer`", trl),
+        "",
+        f"That is **{times['median']:.1f} times** TRL ({times['least']:.1f} to {times['most']:.1f} in single rounds) as the recipe trains, and "
+        f"**{same_batch['median']:.1f} times** ({same_batch['least']:.1f} to {same_batch['most']:.1f}) with TRL's batches. Both start from the same "
+        f"weights, train the same token ids (at most {data['max_length']} a sequence) with the reference log-probs computed before, on as many threads, "
+        f"and flush denormals. On the same batches of {data['peer_batch_pairs']} their losses over {steps} steps differ by at most {off:.1e}.",
+    ]
+    return "\n".join(lines)
+
+
+def step_row(name: str, provider: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {provider['pairs_per_s']:.1f} | {provider['pairs_per_step']:.1f} | {provider['positions_per_pair']:.0f} "
+        f"| {provider['peak_rss_gib']:.1f} GiB |"
+    )
+
+
+def step_variants(record: dict[str, Any]) -> str:
+    lines = ["| what each contributes: the same with | pairs/s | slower by |", "|---|---|---|"]
+    for name, meaning in VARIANTS.items():
+        if name in record["providers"]:
+            speed, times = record["providers"][name]["pairs_per_s"], record["speedup"][name]
+            lines.append(f"| {meaning} | {speed:.1f} | {times['median']:.2f} times |")
+    return "\n".join(lines)
+
+
+def step_profile(record: dict[str, Any]) -> str:
+    profile = record["profile"]
+    parts = sorted(profile["seconds_per_step"].items(), key=lambda part: -part[1])
+    shares = [f"{name} {seconds / profile['seconds_profiled']:.0%}" for name, seconds in parts]
+    return f"Where a step's time goes (`torch.profiler`): {', '.join(shares)}."
+
+
+MEASURED = {  # column of the table -> its heading
+    "loss": "loss",
+    "metrics": "other metrics",
+    "grad_norm": "gradient norm",
+    "gradients": "gradients",
+    "weights": "weights",
+}
+
+
+def one_truth(record: dict[str, Any]) -> str:
+    rows = record["results"]
+    versions = record["versions"]
+    lines = [
+        f"Measured by `{record['command']}` on an {machine(record)} (torch {versions['torch']}, megatron-core {versions['megatron-core']}). "
+        "Largest difference from the run named in the first column, relative to the value or to the tensor's largest element; "
+        "0 is bit for bit:",
+        "",
+        "| run | computed as | " + " | ".join(MEASURED.values()) + " |",
+        "|---|---|" + "---|" * len(MEASURED),
+    ]
+    family = None
+    for row in rows:
+        run = "" if row["family"] == family else f"{row['family']}; {row['truth']}"
+        family = row["family"]
+        cells = (
+            "" if row[key] is None else f"{row[key]:.1e}" if row[key] else "0" for key in MEASURED
+        )
+        lines.append(f"| {run} | {row['case']} | " + " | ".join(cells) + " |")
+    for bound in sorted({row["bound"] for row in rows}, reverse=True):
+        of_bound = [row for row in rows if row["bound"] == bound]
+        largest = max(row[key] for row in of_bound for key in MEASURED if row[key] is not None)
+        precision = "fp32" if bound > 1e-9 else "fp64"
+        lines += ["", f"{len(of_bound)} comparisons in {precision}: largest {largest:.1e}, allowed {bound:.0e}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+Sections = dict[str, Callable[[dict[str, Any]], str]]
+SECTIONS: Sections = {
+    "demo_cpu": demo,
+    "step_cpu": step,
+    "layouts_cpu": layouts,
+    "packing_cpu": packing,
+    "data_cpu": data,
+}
+
+
+TRUST_SECTIONS: Sections = {"one_truth_cpu": one_truth}
+DOCUMENTS = {"README.md": SECTIONS, "docs/trust.md": TRUST_SECTIONS}
+
+
+def render(sections: Sections) -> str:
     parts = []
-    for name, section in SECTIONS.items():
+    for name, section in sections.items():
         path = RESULTS / f"{name}.json"
         parts.append(
             section(json.loads(path.read_text()))
@@ -80,19 +214,20 @@ def render() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    rendered = f"{before}{BEGIN}\n\n{render()}\n\n{END}{rest.split(END)[1]}"
-    if parser.parse_args().check:
-        if rendered != text:
+    check, stale = parser.parse_args().check, False
+    for name, sections in DOCUMENTS.items():
+        text = (ROOT / name).read_text()
+        before, rest = text.split(BEGIN)
+        rendered = f"{before}{BEGIN}\n\n{render(sections)}\n\n{END}{rest.split(END)[1]}"
+        if not check:
+            (ROOT / name).write_text(rendered)
+        elif rendered != text:
             print(
-                "README.md does not show benchmarks/results: run python benchmarks/report.py",
+                f"{name} does not show benchmarks/results: run python benchmarks/report.py",
                 file=sys.stderr,
             )
-        return int(rendered != text)
-    readme.write_text(rendered)
-    return 0
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":
