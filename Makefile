@@ -19,7 +19,7 @@ BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
 
-.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl clean
+.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl gpu-check clean
 
 help:
 	@echo 'make demo    align a small model from nothing: data, tokenizer, SFT, DPO, evaluation, into runs/demo'
@@ -29,6 +29,7 @@ help:
 	@echo 'make bench   the benchmarks of benchmarks/registry.py, into benchmarks/results'
 	@echo 'make bench-data   10 million documents tokenised, packed and loaded; needs 7 GB in OUT (runs/bench-data)'
 	@echo 'make bench-trl DATA=PAIRS   a DPO step against TRL, on a CPU; TRL in an environment of its own'
+	@echo 'make gpu-check   on a Hopper GPU: GPU tests, microbenchmarks, a training step; from the source tree, with the packages of PYTHON'
 	@echo 'make setup   .venv with pinned packages ($(CONSTRAINTS)) and the C++ extension'
 	@echo 'make clean   remove build products (not .venv, not runs)'
 
@@ -52,12 +53,18 @@ truth: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 bench-data: $(INSTALLED)
 	$(BIN)/python benchmarks/data.py --out $(or $(OUT),runs/bench-data) $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 bench-trl: $(INSTALLED) peer-trl
 	$(BIN)/python benchmarks/step.py --peer trl $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(or $(OUT),runs/gpu-check) $(ARGS)
 
 peer-trl: $(PEER)/.installed
 

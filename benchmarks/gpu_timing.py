@@ -1,0 +1,151 @@
+"""Times callables on a GPU in turns, beside what the GPU can do at most. On a CPU the same with a clock, to test the code."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+L2_FLUSH_BYTES = 256 << 20
+MAX_ROUNDS, MIN_ROUNDS = 50, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """forward: returns the outputs. inputs: what gradients are taken of; empty if it cannot run backward.
+    comparable: outputs and gradients are those of the first provider, so that they must agree."""
+
+    forward: Callable[[], tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...] = ()
+    comparable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """bytes and flops: the fewest that (forward, backward) can do with; useful ones only."""
+
+    name: str
+    providers: dict[str, Provider]
+    bytes: tuple[int, int]
+    flops: tuple[int, int]
+
+
+def time_in_turns(
+    calls: dict[str, Callable[[], Any]], device: torch.device, budget_s: float
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, one after another in rounds, caches flushed before each; CUDA events, or a clock."""
+    for call in calls.values():  # compile, allocate
+        call()
+        call()
+    flush = torch.empty(L2_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8).to(device)
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    began_s = time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        for name, call in calls.items():
+            flush.zero_()
+            milliseconds[name].append(_time_one(call, device))
+        if number + 1 >= MIN_ROUNDS and time.perf_counter() - began_s > budget_s:
+            break
+    return milliseconds
+
+
+def _time_one(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        began_s = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began_s)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(case: Case, device: torch.device, budget_s: float) -> list[dict[str, Any]]:
+    """One row per provider: milliseconds, rates, peak memory and disagreement. A provider that fails has its error instead."""
+    rows: dict[str, dict[str, Any]] = {}
+    forward: dict[str, Callable[[], Any]] = {}
+    both: dict[str, Callable[[], Any]] = {}
+    expected: list[Tensor] | None = None
+    for name, provider in case.providers.items():
+        rows[name] = {"case": case.name, "provider": name}
+        try:
+            results, rows[name]["peak_mib"] = _run_once(provider, device)
+        except Exception as error:  # a peer may not support a shape
+            rows[name]["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            continue
+        forward[name] = provider.forward
+        if provider.inputs:
+            both[name] = lambda provider=provider: _forward_backward(provider)
+        if expected is None:
+            expected = [t.detach().float() for t in results]
+        elif provider.comparable:
+            rows[name]["differs_by"] = _difference(results, expected)
+    for what, calls in (("forward", forward), ("forward_backward", both)):
+        for name, samples in time_in_turns(calls, device, budget_s / 2).items():
+            median = statistics.median(samples)
+            parts = slice(0, 1) if what == "forward" else slice(0, 2)
+            rows[name][what] = {
+                "ms": median,
+                "ms_least": min(samples),
+                "ms_most": max(samples),
+                "rounds": len(samples),
+                "gb_per_s": sum(case.bytes[parts]) / median / 1e6,
+                "tflops": sum(case.flops[parts]) / median / 1e9,
+            }
+    return list(rows.values())
+
+
+def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """A gradient for each output, the same for every provider. Values of a few bits, which every dtype holds."""
+    return [
+        (torch.arange(o.numel(), device=o.device) % 7 - 3).to(o.dtype).view_as(o) for o in outputs
+    ]
+
+
+def _forward_backward(provider: Provider) -> tuple[Tensor, ...]:
+    outputs = provider.forward()
+    return torch.autograd.grad(outputs, provider.inputs, _upstream(outputs))
+
+
+def _run_once(provider: Provider, device: torch.device) -> tuple[list[Tensor], float | None]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    outputs = provider.forward()
+    results = [*outputs]
+    if provider.inputs:
+        results += torch.autograd.grad(outputs, provider.inputs, _upstream(outputs))
+    if device.type != "cuda":
+        return results, None
+    torch.cuda.synchronize()
+    return results, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest |a - b| / |b| of any output or gradient, as norms."""
+    pairs = zip(results, expected, strict=True)
+    return max(float((a.detach().float() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device does at most: a copy's bytes read and written, and a square product in bf16, on random data."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty(1 << 30 if on_gpu else 1 << 22, dtype=torch.int8, device=device)
+    target, size = torch.empty_like(source), 8192 if on_gpu else 256
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    times = time_in_turns(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 2.0
+    )
+    copy_ms, product_ms = (statistics.median(times[name]) for name in ("copy", "product"))
+    return {
+        "copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6,
+        "bf16_tflops": 2 * size**3 / product_ms / 1e9,
+    }
