@@ -48,7 +48,7 @@ def compile_for_hopper(
     assert set(names) == set(arguments), set(names) ^ set(arguments)
     types = {n: a if isinstance(a, str) else "constexpr" for n, a in arguments.items()}
     constants = {(names.index(n),): a for n, a in arguments.items() if not isinstance(a, str)}
-    aligned = [n for n in names if types[n].startswith("*") or n.startswith("stride")]
+    aligned = [n for n in names if types[n].startswith("*") or "stride" in n]
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in names},

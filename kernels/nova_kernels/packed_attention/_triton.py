@@ -41,19 +41,25 @@ class Tiles:
     dkv: Tile
 
 
-TILES = {  # by head dim, rounded up to a power of two; the reasons stand in this folder's README.md
+TILES = {  # up to which head dim; the reasons stand in this folder's README.md
     64: Tiles(fwd=Tile(128, 128, 8, 2), dq=Tile(128, 64, 8, 2), dkv=Tile(64, 128, 8, 2)),
+    96: Tiles(fwd=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 2), dkv=Tile(32, 64, 8, 2)),
     128: Tiles(fwd=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 2), dkv=Tile(32, 128, 8, 2)),
+    192: Tiles(
+        fwd=Tile(128, 32, 8, 2, pack=False),
+        dq=Tile(128, 32, 8, 2, pack=False),
+        dkv=Tile(16, 64, 8, 2),
+    ),
     256: Tiles(
         fwd=Tile(128, 64, 8, 2, pack=False),
         dq=Tile(128, 32, 8, 2, pack=False),
-        dkv=Tile(32, 64, 8, 2),
+        dkv=Tile(16, 64, 8, 2),
     ),
 }
 
 
 def tiles_of(head_dim: int) -> Tiles:
-    return TILES[max(64, triton.next_power_of_2(head_dim))]
+    return TILES[min(limit for limit in TILES if head_dim <= limit)]
 
 
 def packed_attention_triton(
