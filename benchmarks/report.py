@@ -71,7 +71,7 @@ def data(record: dict[str, Any]) -> str:
         f"{plan_s:.1f} s and {planning['bytes_per_document_kept']:.0f} bytes per document ({planning['bytes_per_document_peak']:.0f} while it "
         f"is made), ahead of time; one thread builds {loader['packs_per_s']:,} packs of 1,024 tokens per second. A model that trains "
         f"{training['packs_per_s']:,.0f} packs/s waits {training['data_wait_ms_median']:.2f} ms per step for data (median; 99%: "
-        f"{training['data_wait_ms_p99']:.2f}).",
+        f"{training['data_wait_ms_p99']:.2f}, most: {training['data_wait_ms_max']:.2f}).",
         "",
         f"The same {record['sample_documents']:,} documents, in turns; the plain libraries get strings in memory and keep nothing, "
         "`nova prepare` reads JSON and writes a store:",

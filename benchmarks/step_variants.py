@@ -114,13 +114,12 @@ def _end_to_end(packs: list[Pack]) -> Pack:
 
 
 def _with_all_rows(pack: Pack) -> Pack:
-    assert pack.target_R is not None
     others = np.setdiff1d(np.arange(len(pack.tokens_T)), pack.row_R)
     return replace(
         pack,
         row_R=np.concatenate([pack.row_R, others]),
         target_R=np.concatenate([pack.target_R, np.full(len(others), IGNORED)]),
-        sequence_R=np.concatenate([pack.sequence_R, np.zeros(len(others), np.int64)]),
+        sequence_R=np.concatenate([pack.sequence_R, np.full(len(others), pack.sequence_R[-1])]),
     )
 
 

@@ -66,7 +66,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class StepClock:
-    """Turns a step's packs and seconds into the record's throughput fields, summed over the data-parallel ranks."""
+    """Turns a step's packs and seconds into the record's throughput fields: sums over the data-parallel ranks, and the largest peak
+    memory and wait for data of any rank."""
 
     def __init__(
         self,
@@ -89,24 +90,28 @@ class StepClock:
             float(sum(len(p.tokens_T) for p in packs)),
             float(sum(len(p.document_P) for p in packs)),
             sum(training_flops(self.model, self.head_dim, self.vocab_size, p) for p in packs),
-            data_wait_s,
         ]
         sums = torch.tensor(local, dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(
             sums, group=self.parallel.groups.dp
         )  # now the global batch's, on every rank
-        tokens, slots, documents, flops, wait = sums.tolist()
-        peak = torch.tensor(peak_memory_gib(self.parallel.device), device=self.parallel.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)  # now the largest of any rank
+        tokens, slots, documents, flops = sums.tolist()
+        largest = torch.tensor(
+            [peak_memory_gib(self.parallel.device), data_wait_s],
+            dtype=torch.float64,
+            device=self.parallel.device,
+        )
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # now the largest of any rank
+        peak_gib, wait_s = largest.tolist()
         world = self.parallel.world_size
         record = {
             "tokens_per_s": tokens / step_time_s,
             "tokens_per_s_per_gpu": tokens / step_time_s / world,
             "pairs_per_s": documents / step_time_s,
             "step_time_s": step_time_s,
-            "data_wait_ms": 1e3 * wait / self.parallel.data_size,
+            "data_wait_ms": 1e3 * wait_s,  # every rank waits for the last one
             "fill": tokens / slots,
-            "peak_gib": peak.item(),
+            "peak_gib": peak_gib,
         }
         record["mfu"] = flops / step_time_s / world / self.peak_flops
         return record

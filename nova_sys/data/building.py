@@ -2,7 +2,7 @@
 
 `<store>.building` holds the arrays and `progress.json`, which is replaced after every block, when the block's rows have left this
 process. A build that was killed at any moment goes on behind the last block noted: what the arrays hold beyond is cut off, and what
-they hold before must have its checksum. Nothing is copied or written twice.
+they hold before must have its checksum. Nothing is copied or written twice. A folder is only continued for the key it was begun for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from nova_sys.data.disk import naming, replace_file
 from nova_sys.data.documents import Documents
 from nova_sys.data.lines import Block
 from nova_sys.data.token_store import ARRAYS, StoreReport, seal
@@ -61,34 +62,39 @@ class ArrayWriter:
         data = rows.astype(self._dtype, copy=False).tobytes()
         self.rows += len(rows)
         self.checksum = zlib.crc32(data, self.checksum)
-        try:
+        with naming(self._path):
             self._stream.write(data)
             self._stream.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def finish(self) -> None:
-        self._stream.seek(0)
         header = {
             "descr": np.lib.format.dtype_to_descr(self._dtype),
             "fortran_order": False,
             "shape": (self.rows, *self._row_shape),
         }
-        np.lib.format.write_array_header_1_0(self._stream, header)
-        assert self._stream.tell() == _HEADER_BYTES
-        self.close()
+        with naming(self._path):
+            self._stream.seek(0)
+            np.lib.format.write_array_header_1_0(self._stream, header)
+            assert self._stream.tell() == _HEADER_BYTES
+            self._stream.close()
 
     def close(self) -> None:
-        self._stream.close()
+        """Leaves what is written. What a failed write left in the stream fails again, and is not noted anyway."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 @dataclass
 class Progress:
     """What is written so far, and where the next block begins."""
 
+    key: str
+    """Of the store to be."""
     file: int = 0
     start: int = 0
     first_line: int = 1
+    bytes_on_disk: int = 0
+    """Read of this file."""
     file_records: int = 0
     """Of the file that the next block belongs to."""
     file_documents: int = 0
@@ -105,33 +111,42 @@ class Progress:
         return Progress(**values, report=report)
 
     def write(self, folder: Path) -> None:
-        partial = folder / f"{_PROGRESS}.partial"
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(folder / _PROGRESS)
+        replace_file(folder / _PROGRESS, json.dumps(asdict(self)))
+
+    @property
+    def bytes_written(self) -> int:
+        """By all arrays."""
+        return sum(
+            rows * np.dtype(ARRAYS[name][0]).itemsize * int(np.prod(ARRAYS[name][1]))
+            for name, (rows, _) in self.written.items()
+        )
 
 
 class GrowingStore:
     """The arrays of a store under construction, in `folder`; continues what it finds there."""
 
-    def __init__(self, folder: Path, *, share_prefix: bool) -> None:
+    def __init__(self, folder: Path, key: str, *, share_prefix: bool) -> None:
         self.folder = folder
         self._share_prefix = share_prefix
-        self.progress = Progress()
+        self.progress = Progress(key)
         self._writers: dict[str, ArrayWriter] = {}
         if (folder / _PROGRESS).exists():
             try:
-                self._continue()
+                self._continue(key)
                 return
             except (OSError, ValueError, TypeError, KeyError) as error:
                 logger.warning("%s cannot be continued (%s); it begins anew", folder, error)
                 self.close()
-        self.progress = Progress()
+        self.progress = Progress(key)
         self._writers = {name: ArrayWriter(folder / f"{name}.npy", name) for name in ARRAYS}
         for name in ("part_offsets", "document_parts"):
             self._writers[name].append(np.zeros(1, np.int64))
+        self._note()
 
-    def _continue(self) -> None:
+    def _continue(self, key: str) -> None:
         self.progress = Progress.read(self.folder)
+        if self.progress.key != key:
+            raise ValueError("it is of other data or settings")
         for name, (rows, checksum) in self.progress.written.items():
             self._writers[name] = ArrayWriter(self.folder / f"{name}.npy", name, rows, checksum)
         logger.info(
@@ -159,12 +174,14 @@ class GrowingStore:
         at.file_documents += documents.report.num_documents
         at.first_problem = at.first_problem or documents.first_problem
         at.start, at.first_line = block.end, block.next_line
+        at.bytes_on_disk = block.bytes_on_disk
         self._note()
 
     def next_file(self) -> None:
         """The current file is done."""
         at = self.progress
         at.file, at.start, at.first_line = at.file + 1, 0, 1
+        at.bytes_on_disk = 0
         at.file_records, at.file_documents, at.first_problem = 0, 0, None
         self._note()
 
@@ -173,13 +190,12 @@ class GrowingStore:
         self.progress.write(self.folder)
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Makes the folder a store."""
+        """Makes the folder a store, which `publish` gives its name."""
         for writer in self._writers.values():
             writer.finish()
         checksums = {name: writer.checksum for name, writer in self._writers.items()}
         sealed = seal({**meta, "checksums": checksums})
-        (self.folder / "meta.json").write_text(json.dumps(sealed, indent=1))
-        (self.folder / _PROGRESS).unlink()
+        replace_file(self.folder / "meta.json", json.dumps(sealed, indent=1))
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -187,10 +203,31 @@ class GrowingStore:
         self._writers = {}
 
 
+def publish(growing: Path, folder: Path) -> None:
+    """Gives the finished store its name, unless another process was faster with the same one."""
+    try:
+        growing.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(growing)
+    else:
+        _remove_note(folder)  # up to here a killed build could go on
+
+
+def _remove_note(folder: Path) -> None:
+    (folder / _PROGRESS).unlink()
+
+
+def growing_folder(store: Path) -> Path:
+    """Where `store` grows, and where the next build finds it."""
+    return store.with_name(f"{store.name}.building")
+
+
 @contextlib.contextmanager
 def building_folder(store: Path) -> Iterator[Path]:
     """The folder in which `store` grows, for one process at a time: a second one waits until the first has finished or died."""
-    folder = store.with_name(f"{store.name}.building")
+    folder = growing_folder(store)
     _remove_left_behind(store.parent, folder)
     try:
         lock = _lock(store.with_name(f"{store.name}.lock"))
@@ -217,7 +254,10 @@ def building_folder(store: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path, *, wait: bool = True) -> Any:
-    """A locked file of this name. The kernel opens the lock of a process that ends, however it ends."""
+    """A locked file of this name. The kernel opens the lock of a process that ends, however it ends.
+
+    Raises: BlockingIOError when it is not to wait, another OSError where there are no locks; neither leaves a file behind.
+    """
     while True:
         stream = open(path, "a")  # noqa: SIM115 the lock lasts as long as it is open
         try:
@@ -228,6 +268,10 @@ def _lock(path: Path, *, wait: bool = True) -> Any:
                 raise
             logger.info("data: another process tokenises the same data; waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            stream.close()
+            path.unlink(missing_ok=True)
+            raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
                 return stream
@@ -236,10 +280,22 @@ def _lock(path: Path, *, wait: bool = True) -> Any:
 
 def _remove_left_behind(cache: Path, wanted: Path) -> None:
     """Deletes what killed builds of other data left here, once nobody has come back for it in a week."""
-    for folder in set(cache.glob("*.building")) - {wanted}:
+    for folder in set(cache.glob("tokens-*.building")) - {wanted}:
         with contextlib.suppress(OSError):
-            lock = folder.with_suffix(".lock")
-            if time.time() - folder.stat().st_mtime > _LEFT_BEHIND_AFTER_S:
-                with _lock(lock, wait=False):
-                    shutil.rmtree(folder)
-                    lock.unlink()
+            age_s = time.time() - folder.stat().st_mtime
+            if age_s > _LEFT_BEHIND_AFTER_S and (folder / _PROGRESS).is_file():
+                _remove_unless_in_use(folder)
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    path = folder.with_suffix(".lock")
+    try:
+        lock = _lock(path, wait=False)
+    except BlockingIOError:
+        return
+    except OSError:
+        shutil.rmtree(folder)  # no locks here: a week without a block must do
+        return
+    with lock:
+        shutil.rmtree(folder)
+        path.unlink()

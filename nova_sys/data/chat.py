@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -313,6 +314,11 @@ class TemplateChoice:
     for_text: bool
 
 
+def is_template_file(setting: str) -> bool:
+    """Whether this `data.template` is the path of a file."""
+    return setting not in ("auto", "none", *BUILT_IN)
+
+
 def choose_template(
     setting: str, *, tokenizer_template: str | None, special_texts: dict[str, str]
 ) -> TemplateChoice:
@@ -331,7 +337,7 @@ def choose_template(
         )
         return TemplateChoice(template, for_text=setting != "auto")
     try:
-        text = Path(setting).expanduser().read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(setting)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.template is {setting!r}, which cannot be read ({error}); it must be auto, none, "

@@ -14,7 +14,7 @@ import numpy as np
 from nova_sys.data.encode import Part, TokenPart, TokenParts, tokenise
 from nova_sys.data.formats import block_objects, parse_record
 from nova_sys.data.lines import Block
-from nova_sys.data.records import Source, TextPair, UnusableRecord
+from nova_sys.data.records import DataError, Source, TextPair, UnusableRecord
 from nova_sys.data.render import Renderer
 from nova_sys.data.token_store import StoreReport
 from nova_sys.data.tokenizer import Tokenizer
@@ -49,22 +49,28 @@ class Documents:
 
 
 def documents_of(block: Block, rules: DocumentRules) -> Documents:
-    """Raises: ValueError for a line that is no record, or does not suit the template."""
+    """Raises: DataError for the first line that is no record, or does not suit the template or the tokenizer."""
     report = StoreReport()
     problems: dict[int, UnusableRecord] = {}  # by line
     sources: list[Source] = []
     rendered: list[list[Part]] = []
-    for source, value in block_objects(block):
-        report.num_records += 1
-        try:
-            parts = _render(value, source, rules.renderer, report)
-        except UnusableRecord as problem:
-            problems[source.line] = problem
-            continue
-        sources.append(source)
-        rendered.append(parts)
+    mistake: DataError | None = None
+    try:
+        for source, value in block_objects(block):
+            report.num_records += 1
+            try:
+                parts = _render(value, source, rules.renderer, report)
+            except UnusableRecord as problem:
+                problems[source.line] = problem
+                continue
+            sources.append(source)
+            rendered.append(parts)
+    except DataError as error:
+        mistake = error
     width = len(rendered[0]) if rendered else 2
     parts = _tokenise(rendered, sources, rules.renderer.tokenizer)
+    if mistake is not None:  # behind one of an earlier line, which the tokenizer finds
+        raise mistake
     lengths_NW = np.diff(parts.offsets).reshape(-1, width)
     if (
         width == 2
@@ -102,7 +108,7 @@ def _tokenise(
             try:
                 tokenise(document, tokenizer)
             except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
+                raise DataError(f"{source}: {error}") from error
         raise
 
 
@@ -114,7 +120,7 @@ def _render(value: Any, source: Source, renderer: Renderer, report: StoreReport)
     try:
         return renderer.parts(record)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise DataError(f"{source}: {error}") from error
 
 
 def _suspects(parts: TokenParts, lengths_NW: np.ndarray) -> np.ndarray:

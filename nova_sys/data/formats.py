@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import glob
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,6 +22,7 @@ from typing import Any, Literal, NoReturn
 from nova_sys.data.lines import Block, block_lines, read_blocks
 from nova_sys.data.records import (
     ASSISTANT,
+    DataError,
     DialogueRecord,
     Message,
     Source,
@@ -41,7 +43,7 @@ _SHAPES = (
 
 
 def _refuse(source: object, seen: str, rule: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{source}: {seen}; {rule}. {remedy}")
+    raise DataError(f"{source}: {seen}; {rule}. {remedy}")
 
 
 def expand_files(patterns: str | Sequence[str]) -> list[Path]:
@@ -69,7 +71,7 @@ def expand_files(patterns: str | Sequence[str]) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))  # leaves an unknown user's ~name as it is
     if path.is_file():
         return [path]
     if pattern and glob.has_magic(pattern):

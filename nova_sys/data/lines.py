@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nova_sys.data.records import Source
+from nova_sys.data.records import DataError, Source
 
 BLOCK_BYTES = 1 << 20
 """Text per block: enough work for a process to be worth a message, little enough to hold several per process."""
@@ -54,7 +54,7 @@ def read_blocks(
 ) -> Iterator[Block]:
     """A file's blocks from byte `start` of its text on, which is the beginning of line `first_line`.
 
-    gzip is recognised by its first bytes, whatever the file is called. Raises: ValueError for damaged gzip data and endless lines.
+    gzip is recognised by its first bytes, whatever the file is called. Raises: DataError for damaged gzip data and endless lines.
     """
     with open(path, "rb") as raw:
         compressed = raw.read(2) == _GZIP_MAGIC
@@ -67,14 +67,14 @@ def read_blocks(
                     data += stream.readline(MAX_LINE_BYTES)
                 end, next_line = start + len(data), first_line + data.count(b"\n")
                 if len(data) >= MAX_LINE_BYTES and not data.endswith(b"\n"):
-                    raise ValueError(
+                    raise DataError(
                         f"{path}:{next_line}: a line of more than {MAX_LINE_BYTES >> 20} MiB; data must be JSON lines, plain or "
                         "gzip. Convert other formats to one object per line first."
                     )
                 yield Block(str(path), file, first_line, next_line, start, end, raw.tell(), data)
                 start, first_line = end, next_line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
+            raise DataError(
                 f"{path}:{_last_whole_line(path) + 1}: damaged gzip data ({error}); a .gz file must be complete. "
                 "Copy or download it again."
             ) from error
@@ -93,7 +93,7 @@ def _last_whole_line(path: Path) -> int:
 
 
 def block_lines(block: Block) -> Iterator[tuple[Source, str]]:
-    """Decoded lines that are not blank, with their places. Raises: ValueError for what is not UTF-8 text."""
+    """Decoded lines that are not blank, with their places. Raises: DataError for what is not UTF-8 text."""
     for number, raw in enumerate(block.data.split(b"\n"), start=block.first_line):
         source = Source(block.path, block.file, number)
         text = _decode(raw, source).strip()
@@ -110,7 +110,7 @@ def _decode(raw: bytes, source: Source) -> str:
     except UnicodeDecodeError as error:
         known = (n for start, n in _BINARY.items() if source.line == 1 and raw.startswith(start))
         name = next(known, "a binary format such as Parquet or Arrow, or another text encoding")
-        raise ValueError(
+        raise DataError(
             f"{source}: byte {error.start + 1} of the line is 0x{raw[error.start]:02x}, not UTF-8 text; data must be JSON lines, "
             f"plain or gzip. Convert the file, which may be {name}, first."
         ) from error

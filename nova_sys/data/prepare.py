@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nova_sys.config import RunConfig
 from nova_sys.data.chat import TURN_MARKERS, choose_template
-from nova_sys.data.formats import Kind, expand_files, parse_record, read_objects
-from nova_sys.data.records import DialogueRecord, Message, TextPair, UnusableRecord
+from nova_sys.data.digests import hash_files, note_digests, noted_digests
+from nova_sys.data.disk import FullDisk, telling_full_disk
+from nova_sys.data.formats import Kind, expand_files
+from nova_sys.data.sample import texts_of
 from nova_sys.data.store import StoreSpec, build_store
 from nova_sys.data.token_store import TokenStore
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 from nova_sys.data.tokenizer_training import train_sentencepiece
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZER_BYTES = 32 << 20
+"""More than the files of any."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def prepare_data(
 ) -> PreparedData:
     """Tokenises what is not tokenised yet, and opens it. Call on one rank first, and let that one verify what it opens.
 
+    verify: False on the ranks behind it, which take its word for what the data files and the store hold.
     Raises: ValueError for bad data or settings, or a damaged store.
     """
     run_dir = Path(config.run.dir)
@@ -53,8 +58,12 @@ def prepare_data(
     _make_folder(run_dir, "run.dir")
     _make_folder(cache_dir, "data.cache_dir")
     try:
-        tokenizer = _tokenizer(config, checkpoint_tokenizer, tokenizer_dir)
+        remedy = "Make room, or choose another run.dir"
+        with telling_full_disk(run_dir, lambda: _TOKENIZER_BYTES, remedy):
+            tokenizer = _tokenizer(config, checkpoint_tokenizer, tokenizer_dir)
         store = _store(config, tokenizer, cache_dir, verify=verify)
+    except FullDisk:
+        raise
     except ValueError:
         if is_new:  # it was made for data or settings that will be others next time
             shutil.rmtree(tokenizer_dir, ignore_errors=True)
@@ -78,6 +87,10 @@ def _store(config: RunConfig, tokenizer: Tokenizer, cache_dir: Path, *, verify: 
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; the model needs a row for "
             "each. Raise model.vocab_size, or set it to 0 for the tokenizer's size"
         )
+    files = expand_files(config.data.train)
+    hashed = None if verify else noted_digests(cache_dir, files)
+    if hashed is None:
+        hashed = hash_files(files, with_bar=config.log.progress)
     spec = StoreSpec(
         train=config.data.train,
         tokenizer=tokenizer,
@@ -86,24 +99,28 @@ def _store(config: RunConfig, tokenizer: Tokenizer, cache_dir: Path, *, verify: 
         max_length=config.data.max_length,
         template=config.data.template,
         share_prefix=config.data.share_prefix,
+        hashed=hashed,
     )
     folder = cache_dir / f"tokens-{spec.key[:24]}"
-    if not folder.exists():
-        report = build_store(
+    is_new = not folder.exists()
+    if is_new:
+        build_store(
             spec,
             folder,
             num_workers=config.data.workers,
             max_skipped=config.data.max_skipped,
             with_bar=config.log.progress,
         )
-        logger.info("data: %s", report)
-    store = TokenStore.open(folder, verify=verify)
+    store = TokenStore.open(folder, verify=verify, with_bar=config.log.progress)
     store.report.check_skipped(config.data.max_skipped)
     if store.key != spec.key:
         raise ValueError(
             f"{folder} holds the token store of other data or settings (its key is {store.key[:24]}); a store has the folder of its "
             "key. Delete the folder to build the right one"
         )
+    logger.info("data%s: %s", "" if is_new else " (tokenised before)", store.report)
+    if verify:
+        note_digests(cache_dir, files, hashed)
     return store
 
 
@@ -115,8 +132,8 @@ def _tokenizer(
         tokenizer = load_tokenizer(source)
         if checkpoint_tokenizer not in (None, source):
             refuse_other_ids(tokenizer, checkpoint_tokenizer, config.data.tokenizer)
-        if not tokenizer_dir.is_dir():
-            tokenizer.save(tokenizer_dir)  # on the main rank; the others come later and find it
+        if tokenizer.is_partly_in(tokenizer_dir):
+            _keep(tokenizer, tokenizer_dir)  # on the main rank; the others come later and find it
         elif load_tokenizer(tokenizer_dir).fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"{tokenizer_dir} holds another tokenizer than {source}; the run in that folder needs its own. "
@@ -134,33 +151,29 @@ def _tokenizer(
         "training a SentencePiece tokenizer of %d pieces on the data", config.model.vocab_size
     )
     markers = TURN_MARKERS.get(config.data.template, TURN_MARKERS["dialogue"])
-    partial = tokenizer_dir / ".partial" / "tokenizer.model"
-    train_sentencepiece(_texts(config), config.model.vocab_size, partial, markers)
-    partial.rename(tokenizer_dir / "tokenizer.model")
-    partial.parent.rmdir()
-    return load_tokenizer(tokenizer_dir)
+    files = expand_files(config.data.train)
+    texts = texts_of(files, kind_of(config.algo.name), with_bar=config.log.progress)
+    path = _partial(tokenizer_dir) / "tokenizer.model"
+    tokenizer = train_sentencepiece(texts, config.model.vocab_size, path, markers)
+    _keep(tokenizer, tokenizer_dir)
+    return tokenizer
 
 
-def _texts(config: RunConfig) -> Iterator[str]:
-    """What the documents say, without their templates."""
-    kind = kind_of(config.algo.name)
-    for number, path in enumerate(expand_files(config.data.train)):
-        num_usable, first_problem = 0, None
-        for source, value in read_objects(path, number):
-            try:
-                record = parse_record(value, source, kind)
-            except UnusableRecord as problem:
-                first_problem = first_problem or problem
-                continue
-            num_usable += 1
-            if isinstance(record, TextPair):
-                yield from (record.prompt, record.chosen, record.rejected)
-            elif isinstance(record, DialogueRecord):
-                yield from _contents(record.messages)
-            else:
-                yield from _contents(record.prompt + record.chosen + record.rejected)
-        if not num_usable:
-            raise ValueError(f"no usable record in {path}. The first: {first_problem}")
+def _keep(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+    """A copy that is there whole, or not at all."""
+    partial = _partial(tokenizer_dir)
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    if tokenizer_dir.is_dir():  # without a tokenizer in it, or with parts of this one
+        for path in partial.iterdir():
+            path.replace(tokenizer_dir / path.name)
+        partial.rmdir()
+    else:
+        partial.rename(tokenizer_dir)
+
+
+def _partial(tokenizer_dir: Path) -> Path:
+    return tokenizer_dir.with_name(f"{tokenizer_dir.name}.partial")
 
 
 def refuse_other_ids(tokenizer: Tokenizer, of_weights: Path, name: str) -> None:
@@ -171,7 +184,3 @@ def refuse_other_ids(tokenizer: Tokenizer, of_weights: Path, name: str) -> None:
             f"the tokenizer {name} is not the one that the weights in {of_weights.parent} were trained with ({conflict}); an id must "
             "keep its meaning. Leave data.tokenizer out, or name that one"
         )
-
-
-def _contents(messages: list[Message]) -> Iterator[str]:
-    yield from (str(message.get("content") or "") for message in messages)

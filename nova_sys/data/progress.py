@@ -6,10 +6,10 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from nova_sys.data.token_store import StoreReport
-
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+    from nova_sys.data.token_store import StoreReport
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +18,13 @@ QUIET_S = 2.0
 
 
 class Meter:
-    """Bytes read of a known total, and records and tokens per second since this process began."""
+    """Bytes read of a known total, and the speed since this process began.
 
-    def __init__(self, total_bytes: int, *, with_bar: bool) -> None:
-        self._total_bytes, self._with_bar = total_bytes, with_bar
+    done: what becomes of the bytes, in one word such as "tokenised".
+    """
+
+    def __init__(self, total_bytes: int, done: str, *, with_bar: bool) -> None:
+        self._total_bytes, self._done, self._with_bar = total_bytes, done, with_bar
         self._bar: Bar | None = None
         self._began_s = 0.0
         self._first: tuple[int, int, int] | None = None  # bytes, records, tokens at the first call
@@ -31,21 +34,22 @@ class Meter:
         self._began_s = time.monotonic()
         return self
 
-    def show(self, bytes_done: int, report: StoreReport) -> None:
-        now = (bytes_done, report.num_records, report.num_tokens)
+    def show(self, bytes_done: int, report: StoreReport | None = None) -> None:
+        now = (bytes_done, report.num_records, report.num_tokens) if report else (bytes_done, 0, 0)
         self._first = self._first or now
         seconds = time.monotonic() - self._began_s
         if seconds < QUIET_S:
             return
         done, records, tokens = (b - a for a, b in zip(self._first, now, strict=True))
         left_s = (self._total_bytes - bytes_done) * seconds / max(done, 1)
-        text = f"{records / seconds:,.0f} records/s, {tokens / seconds:,.0f} tokens/s, {_clock(left_s)} left"
+        speed = f"{records / seconds:,.0f} records/s, {tokens / seconds:,.0f} tokens/s"
+        text = f"{speed if report else f'{done / seconds / 1e6:,.0f} MB/s'}, {_clock(left_s)} left"
         if self._bar is None:
-            self._bar = _new_bar(self._total_bytes, self._with_bar)
+            self._bar = _new_bar(self._total_bytes, self._done, self._with_bar)
         self._bar.update(self._bar.task_ids[0], completed=bytes_done, speed=text)
         tenths = 10 * bytes_done // max(self._total_bytes, 1)
         if self._bar.disable and tenths > self._tenths:
-            logger.info("data: %d%% tokenised, %s", 10 * tenths, text)
+            logger.info("data: %d%% %s, %s", 10 * tenths, self._done, text)
         self._tenths = tenths
 
     def __exit__(self, *_: object) -> None:
@@ -53,14 +57,14 @@ class Meter:
             self._bar.stop()
 
 
-def _new_bar(total_bytes: int, with_bar: bool) -> Bar:
+def _new_bar(total_bytes: int, done: str, with_bar: bool) -> Bar:
     """On standard error, gone when it is done; disabled where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     console = Console(stderr=True)
     columns = [
-        TextColumn("tokenising"),
+        TextColumn(done),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -68,7 +72,7 @@ def _new_bar(total_bytes: int, with_bar: bool) -> Bar:
     bar = Progress(
         *columns, console=console, transient=True, disable=not (with_bar and console.is_terminal)
     )
-    bar.add_task("tokenising", total=total_bytes, speed="")
+    bar.add_task(done, total=total_bytes, speed="")
     bar.start()
     return bar
 

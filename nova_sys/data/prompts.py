@@ -9,11 +9,13 @@ A file whose first character is `{` is JSON lines; other keys are ignored:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nova_sys.data.formats import parse_record, parse_tools, parse_turns, read_objects
+from nova_sys.data.formats import block_objects, parse_record, parse_tools, parse_turns
 from nova_sys.data.lines import read_blocks
 from nova_sys.data.records import Message, Source, TextPair, TurnPair
 
@@ -32,31 +34,58 @@ class Prompt:
         return self
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, name: str | None = None) -> list[Prompt]:
     """The prompts of a file, plain or gzip, in order. A line of text is a prompt as it stands; blank lines are skipped.
 
+    name: what messages call the file, its path unless given.
     Raises: ValueError for a file that cannot be read or holds no prompt, and for a line that is none.
     """
+    name = name or str(path)
     try:
-        data = b"".join(block.data for block in read_blocks(path))
-        text = data.decode("utf-8-sig")
+        blocks = [replace(block, path=name) for block in read_blocks(path)]
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); prompts are a text file or JSON lines. Check the path"
+            f"{name}: cannot be read ({error.strerror}); prompts are a text file or JSON lines. Check the path"
         ) from None
+    text = _decode(b"".join(block.data for block in blocks), name)
+    if text.lstrip().startswith("{"):
+        return [_parse(value, source) for block in blocks for source, value in block_objects(block)]
+    if _is_array(text):
+        raise ValueError(
+            f"{name}: a JSON list; prompts are a text file or JSON lines. Write the list's elements one per line (jq -c '.[]')"
+        )
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = [Prompt(line, f"{name}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{name}: no prompts in it; give one per line, or JSON lines")
+    return prompts
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+        if b"\0" in data:  # is UTF-8, but no text
+            at = data.index(b"\0")
+            raise UnicodeDecodeError("utf-8", data, at, at + 1, "a zero byte")
+        return text
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
         raise ValueError(
-            f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; prompts are a text file or JSON lines. "
+            f"{name}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; prompts are a text file or JSON lines. "
             "Convert the file"
         ) from None
-    if text.lstrip().startswith("{"):
-        return [_parse(value, source) for source, value in read_objects(path)]
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    prompts = [Prompt(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it; give one per line, or JSON lines")
-    return prompts
+
+
+def _is_array(text: str) -> bool:
+    """All of the text, or its first line, is a JSON list: `[INST] hello` is a prompt."""
+    start = text.lstrip()
+    if not start.startswith("["):
+        return False
+    for part in (start, start.split("\n", 1)[0]):
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(part)
+            return True
+    return False
 
 
 def _parse(value: Any, source: Source) -> Prompt:

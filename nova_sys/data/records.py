@@ -32,6 +32,10 @@ class Source:
         return f"{self.path}:{self.line}"
 
 
+class DataError(ValueError):
+    """A mistake in a data file: nothing goes on before the file is changed."""
+
+
 class UnusableRecord(ValueError):
     """A well-formed line that teaches nothing. Real data has them: they are counted by `reason`,
     not fatal one by one."""

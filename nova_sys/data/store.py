@@ -15,18 +15,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nova_sys.data.building import GrowingStore, Progress, building_folder
+from nova_sys.data.building import GrowingStore, Progress, building_folder, growing_folder, publish
+from nova_sys.data.digests import HashedFile, hash_files, stamp
+from nova_sys.data.disk import telling_full_disk
 from nova_sys.data.documents import DocumentRules
 from nova_sys.data.formats import Kind, expand_files, refuse_empty
 from nova_sys.data.lines import Block, read_blocks
 from nova_sys.data.progress import Meter
+from nova_sys.data.records import DataError
 from nova_sys.data.render import Renderer
 from nova_sys.data.token_store import StoreReport, TokenStore
 from nova_sys.data.tokenizer import Tokenizer
 from nova_sys.data.workers import available_cores, tokenise_blocks
 
-FORMAT_VERSION = 2
+_SMALL_FILES_BYTES = 1 << 16
+
+FORMAT_VERSION = 3
 """Part of the key: raise it when the same input would give other tokens, or other files."""
+
+MOST_WORKERS = 32
+"""Unless more are asked for: one process reads and writes for all of them, and each takes some 100 MB."""
 
 MIN_LENGTH = 16
 """Smallest max_length and pack_length accepted."""
@@ -46,6 +54,8 @@ class StoreSpec:
     """0: pack_length."""
     template: str = "auto"
     share_prefix: bool = True
+    hashed: Sequence[HashedFile] = ()
+    """Of the files, when it is known already."""
 
     def __post_init__(self) -> None:
         if not MIN_LENGTH <= self.sequence_length <= self.pack_length:
@@ -70,10 +80,8 @@ class StoreSpec:
         return DocumentRules(renderer, self.sequence_length, self.pack_length, self.share_prefix)
 
     @cached_property
-    def hashed_files(self) -> list[tuple[str, tuple[int, int]]]:
-        """sha256 of each file's bytes, and its stamp when they were read."""
-        stamps = [_stamp(path) for path in self.files]
-        return [(_sha256_of_file(p), stamp) for p, stamp in zip(self.files, stamps, strict=True)]
+    def hashed_files(self) -> Sequence[HashedFile]:
+        return self.hashed or hash_files(self.files)
 
     @property
     def template_text(self) -> str | None:
@@ -97,20 +105,6 @@ class StoreSpec:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size, and time of the last change."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def _sizes(spec: StoreSpec) -> list[int]:
     return [size for _, (size, _) in spec.hashed_files]
 
@@ -128,19 +122,24 @@ def build_store(
 
     A build that was killed is continued. Several processes may call this for one folder: one of them builds, the others wait.
 
-    Args:     num_workers: processes, 0: one per core.   max_skipped: largest share of records that may be unusable.
+    Args:     num_workers: processes, 0: one per core, at most 32.   max_skipped: largest share of records that may be unusable.
               with_bar: on a terminal; otherwise, or elsewhere, a line per tenth.
     Raises:   ValueError for bad input (file and line in it), for more unusable records than max_skipped allows, and when
-              `folder` holds another store.
+              `folder` holds another store; FullDisk, a ValueError, when there is no room.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        with building_folder(folder) as growing:
+        num_workers = num_workers or min(available_cores(), MOST_WORKERS)
+        remedy = "Make room, or choose another data.cache_dir. What is done is kept: the same command goes on from there"
+        with (
+            telling_full_disk(folder.parent, lambda: _bytes_needed(spec, folder), remedy),
+            building_folder(folder) as growing,
+        ):
             if not folder.exists():  # another process may have built it while this one waited
-                meter = Meter(sum(_sizes(spec)), with_bar=with_bar)
-                _build(spec, growing, num_workers or available_cores(), max_skipped, meter)
-                _publish(growing, folder)
+                meter = Meter(sum(_sizes(spec)), "tokenised", with_bar=with_bar)
+                _build(spec, growing, num_workers, max_skipped, meter)
+                publish(growing, folder)
     store = TokenStore.open(folder, verify=False)
     if store.key != spec.key:
         raise ValueError(
@@ -152,37 +151,38 @@ def build_store(
     return store.report
 
 
-def _publish(growing: Path, folder: Path) -> None:
-    """Gives the finished store its name, unless another process was faster with the same one."""
-    try:
-        growing.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(growing)
-
-
 def _build(
     spec: StoreSpec, folder: Path, num_workers: int, max_skipped: float, meter: Meter
 ) -> None:
     """Makes `folder` a store. What is there already stays when the build can go on later: not when the data must change first."""
-    growing = GrowingStore(folder, share_prefix=spec.share_prefix)
+    growing = GrowingStore(folder, spec.key, share_prefix=spec.share_prefix)
     try:
         with meter:
             _tokenise(spec, growing, num_workers, meter)
-        if [_stamp(path) for path in spec.files] != [stamp for _, stamp in spec.hashed_files]:
-            raise ValueError(
+        if [stamp(path) for path in spec.files] != [before for _, before in spec.hashed_files]:
+            raise DataError(
                 "a data file was changed while it was read; it must stay as it is. Start again when its writer has finished."
             )
-    except ValueError:
+        growing.progress.report.check_skipped(max_skipped)
+        growing.finish(_meta(spec, growing.progress.report))
+    except DataError:
         growing.close()
         shutil.rmtree(folder)
         raise
-    else:
-        growing.progress.report.check_skipped(max_skipped)
-        growing.finish(_meta(spec, growing.progress.report))
     finally:
         growing.close()
+
+
+def _bytes_needed(spec: StoreSpec, folder: Path) -> int:
+    """For the rest of the store, if that is like what is done of it; a store without a block is taken to be as large as its text."""
+    total = sum(_sizes(spec))
+    try:
+        at = Progress.read(growing_folder(folder))
+    except (OSError, ValueError, TypeError):
+        return total
+    done = sum(_sizes(spec)[: at.file]) + at.bytes_on_disk
+    rest = round(at.bytes_written * (total - done) / done) if done else total
+    return rest + _SMALL_FILES_BYTES
 
 
 def _tokenise(spec: StoreSpec, growing: GrowingStore, num_workers: int, meter: Meter) -> None:
@@ -209,7 +209,7 @@ def _end_file(path: Path, growing: GrowingStore) -> None:
     if at.file_records == 0:
         refuse_empty(path)
     if at.file_documents == 0:
-        raise ValueError(f"no usable record in {path}. The first: {at.first_problem}")
+        raise DataError(f"no usable record in {path}. The first: {at.first_problem}")
     growing.next_file()
 
 

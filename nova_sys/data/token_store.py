@@ -26,6 +26,7 @@ import numpy as np
 
 from nova_sys.data.encode import TokenPart
 from nova_sys.data.formats import Kind
+from nova_sys.data.progress import Meter
 from nova_sys.data.records import Source
 
 ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -56,7 +57,7 @@ class StoreReport:
     skipped: dict[str, int] = field(default_factory=dict)
     """By reason: empty_answer, empty_prompt, identical_answers, no_common_start, no_assistant_turn."""
     truncated: dict[str, int] = field(default_factory=dict)
-    """Documents that were cut, by kind (see store.py); a document may count in several kinds, once
+    """Documents that were cut, by kind (see truncate.py); a document may count in several kinds, once
     in `documents`."""
     blank_answers: int = 0
     """hh-rlhf transcripts with an answer of white space only; they are used."""
@@ -143,7 +144,7 @@ class TokenStore:
             raise ValueError("its arrays disagree")
 
     @staticmethod
-    def open(folder: str | Path, *, verify: bool = True) -> TokenStore:
+    def open(folder: str | Path, *, verify: bool = True, with_bar: bool = False) -> TokenStore:
         """verify: reads all of it once, a second per GB; one rank of a job is enough. Raises: ValueError for a damaged store."""
         folder = Path(folder)
         try:
@@ -152,22 +153,26 @@ class TokenStore:
                 raise ValueError("meta.json is not as it was written")
             store = TokenStore(folder, meta)
             if verify:
-                store._verify()
+                store._verify(with_bar)
             return store
         except Exception as error:  # numpy, json and damaged arrays fail in many ways
             raise ValueError(
-                f"{folder} is not a complete token store ({error!r}); its arrays must be whole. "
+                f"{folder} is not a complete token store ({str(error) or type(error).__name__}); its arrays must be whole. "
                 "Delete the folder to build it again."
             ) from error
 
-    def _verify(self) -> None:
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        for name, array in arrays.items():
-            data, found = array.reshape(-1).view(np.uint8), 0
-            for start in range(0, len(data), _BLOCK_BYTES):
-                found = zlib.crc32(data[start : start + _BLOCK_BYTES], found)
-            if found != self.meta["checksums"][name]:
-                raise ValueError(f"{name}.npy is not as it was written")
+    def _verify(self, with_bar: bool) -> None:
+        arrays = {name: getattr(self, name).reshape(-1).view(np.uint8) for name in ARRAYS}
+        done = 0
+        with Meter(sum(map(len, arrays.values())), "checked", with_bar=with_bar) as meter:
+            for name, data in arrays.items():
+                found = 0
+                for start in range(0, len(data), _BLOCK_BYTES):
+                    block = data[start : start + _BLOCK_BYTES]
+                    found, done = zlib.crc32(block, found), done + len(block)
+                    meter.show(done)
+                if found != self.meta["checksums"][name]:
+                    raise ValueError(f"{name}.npy is not as it was written")
 
     @property
     def num_documents(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,15 @@ class Tokenizer(ABC):
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
             (Path(folder) / name).write_bytes(data)
+
+    def is_partly_in(self, folder: Path) -> bool:
+        """Some of the files, or the first part of some, is there, or nothing: a copy that was begun."""
+        there = {
+            name: (folder / name).read_bytes() for name in self._files if (folder / name).is_file()
+        }
+        return there != self._files and all(
+            self._files[name].startswith(data) for name, data in there.items()
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_files, (self._files,)  # to processes that tokenise
@@ -245,7 +255,7 @@ def _holding(texts: Sequence[str], fixed: dict[str, list[int]]) -> list[int]:
 
 class HuggingFaceTokenizer(Tokenizer):
     """A folder with tokenizer.json; BOS, EOS and the chat template come from the files beside
-    it."""
+    it. Without `control`, the text of a special token is text like any other."""
 
     def __init__(
         self, files: dict[str, bytes], config: dict[str, Any], chat_template: str | None
@@ -286,9 +296,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.id_to_token(token) or ""
 
     def _encode_batch(self, texts: Sequence[str], control: bool) -> list[list[int]]:
+        self._model.encode_special_tokens = not control
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _encode_batch_with_offsets(self, texts: Sequence[str], control: bool) -> list[Encoded]:
+        self._model.encode_special_tokens = not control
         return [
             (e.ids, e.offsets)
             for e in self._model.encode_batch(list(texts), add_special_tokens=False)
@@ -311,7 +323,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises: ValueError that names the path, for whatever is wrong with it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # leaves an unknown user's ~name as it is
     try:
         files = {name: file.read_bytes() for name, file in _tokenizer_files(path).items()}
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +13,8 @@ from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 
 _MAX_TRAINING_LINES = 200_000
 _MAX_LINE_CHARS = 4000
+_MAX_TRAINING_CHARS = 64_000_000
+"""The trainer needs a multiple of it in memory."""
 
 
 def train_sentencepiece(
@@ -23,7 +25,7 @@ def train_sentencepiece(
 
     Nothing is normalised, white space is kept, unseen characters are spelt in bytes, digits stand
     alone, and "\n" and `user_symbols` (turn markers) are one piece each. Deterministic in `texts`;
-    at most 200,000 lines, drawn evenly, are used. A corpus too small for `vocab_size` pieces gives
+    at most 200,000 lines and 64 million characters, drawn evenly, are used. A corpus too small for `vocab_size` pieces gives
     a smaller vocabulary.
     """
     symbols = list(dict.fromkeys(["\n", *user_symbols]))
@@ -59,16 +61,31 @@ def train_sentencepiece(
 
 def _sample_lines(texts: Iterable[str]) -> list[str]:
     """Lines of all texts, or an even random sample of them (a reservoir with a fixed seed); long
-    lines are cut up."""
+    lines are cut up. The reservoir becomes smaller when it would hold too many characters."""
     rng = random.Random(0)
     sample: list[str] = []
-    num_lines = 0
+    num_lines = num_chars = 0
+    capacity = _MAX_TRAINING_LINES
+    for line in _cut_lines(texts):
+        num_lines += 1
+        if len(sample) < capacity:
+            sample.append(line)
+        elif (place := rng.randrange(num_lines)) < capacity:
+            num_chars -= len(sample[place])
+            sample[place] = line
+        else:
+            continue
+        num_chars += len(line)
+        while num_chars > _MAX_TRAINING_CHARS:
+            place = rng.randrange(len(sample))
+            sample[place], sample[-1] = sample[-1], sample[place]
+            num_chars -= len(sample.pop())
+            capacity = len(sample)
+    return sample
+
+
+def _cut_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _MAX_LINE_CHARS):
-                num_lines += 1
-                if len(sample) < _MAX_TRAINING_LINES:
-                    sample.append(line[start : start + _MAX_LINE_CHARS])
-                elif (place := rng.randrange(num_lines)) < _MAX_TRAINING_LINES:
-                    sample[place] = line[start : start + _MAX_LINE_CHARS]
-    return sample
+                yield line[start : start + _MAX_LINE_CHARS]

@@ -7,7 +7,10 @@ module. They end when their standard input does, that is with the process that s
 
 from __future__ import annotations
 
+import math
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,21 +20,59 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any
+from pathlib import Path
+from typing import NoReturn
 
 from nova_sys.data.documents import DocumentRules, Documents, documents_of
 from nova_sys.data.lines import Block
+from nova_sys.data.records import DataError
+
+_END_S = 10.0
 
 BLOCKS_ALONE = 4
 """So many blocks are done before processes are started: small data would wait for them longer than for its tokens."""
 
-_COMMAND = "from nova_sys.data.workers import main; main()"
+PATIENCE_S = 600.0
+"""A process that needs longer for a block has stopped."""
+
+# Without the current folder, which -c would search first, and which may hold anything.
+_COMMAND = "import sys; sys.path = [p for p in sys.path if p]; from nova_sys.data.workers import main; main()"
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    counted = hasattr(os, "sched_getaffinity")  # respects taskset and a container's cpuset
-    return len(os.sched_getaffinity(0)) if counted else os.cpu_count() or 1
+    """Cores that this process may use: its CPU set (taskset, a container's cpuset), or fewer where a cgroup limits CPU time."""
+    counted = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if counted else os.cpu_count() or 1
+    return max(1, math.ceil(min([cores, *_quotas()])))
+
+
+def _quotas() -> Iterator[float]:
+    """CPU seconds per second that this process's cgroup and those around it may use; version 2, then 1."""
+    for line in _text(_OWN_CGROUPS).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUPS if number == "0" else _CGROUPS / "cpu"
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            limit = _text(folder / "cpu.max") or " ".join(
+                _text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")
+            )
+            quota, _, period = limit.partition(" ")
+            if quota.isdecimal() and period.strip().isdecimal():  # not "max" or -1
+                yield int(quota) / int(period)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def tokenise_blocks(
@@ -39,7 +80,7 @@ def tokenise_blocks(
 ) -> Iterator[tuple[Block, Documents]]:
     """Each block with its documents, in order, whatever the number of workers; 1 is this process.
 
-    Raises: ValueError for bad data, the first of it in input order; RuntimeError when a process dies.
+    Raises: DataError for the first mistake in input order; RuntimeError when a process dies, stops, or has a fault.
     """
     for block in blocks if num_workers == 1 else islice(blocks, BLOCKS_ALONE):
         yield block, documents_of(block, rules)
@@ -109,6 +150,8 @@ class _Pool:
         assert job.block is not None
         try:
             worker.connection.send(job.block)
+        except BlockingIOError:
+            self._tell_stop(worker)
         except OSError:
             self._tell_death(worker)
         worker.is_free, worker.job = False, job
@@ -118,7 +161,10 @@ class _Pool:
     def _collect(self) -> None:
         """Waits for at least one message, and takes all that are there."""
         busy = {worker.connection: worker for worker in self._workers if not worker.is_free}
-        for connection in wait(list(busy)):
+        ready = wait(list(busy), PATIENCE_S)
+        if not ready:
+            self._tell_stop(next(iter(busy.values())))
+        for connection in ready:
             worker = busy[connection]  # pyright: ignore[reportArgumentType]
             try:
                 message = worker.connection.recv()
@@ -126,12 +172,25 @@ class _Pool:
                     worker.connection.send(self._rules)
                 else:
                     worker.job.documents, worker.job.problem = message
+            except BlockingIOError:
+                self._tell_stop(worker)
             except (EOFError, OSError):
                 self._tell_death(worker)
             worker.is_free, worker.job = True, None
 
-    def _tell_death(self, worker: _Worker) -> None:
-        code = worker.process.wait()
+    def _tell_stop(self, worker: _Worker) -> NoReturn:
+        at = worker.job.block if worker.job else None
+        where = f" at {at.path}:{at.first_line}-{at.next_line - 1}" if at else ""
+        raise RuntimeError(
+            f"process {worker.process.pid}, which tokenises, does not answer{where}: it had {PATIENCE_S:.0f} s for it. Is it stopped, or "
+            "the machine out of memory? What is done so far is kept: the same command goes on from there"
+        ) from None
+
+    def _tell_death(self, worker: _Worker) -> NoReturn:
+        try:
+            code = worker.process.wait(_END_S)
+        except subprocess.TimeoutExpired:  # it has hung up, but does not end
+            self._tell_stop(worker)
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         why = "; is the machine out of memory? Then set data.workers lower" if code == -9 else ""
         raise RuntimeError(
@@ -153,6 +212,7 @@ class _Pool:
             start_new_session=True,  # Ctrl-C is for the process that started this one
         )
         theirs.close()
+        _limit_waiting(ours)
         self._workers.append(_Worker(process, ours))
 
     def end(self) -> None:
@@ -174,6 +234,15 @@ def _next_job(blocks: Iterator[Block]) -> _Job | None:
     return None if block is None else _Job(block)
 
 
+def _limit_waiting(connection: Connection) -> None:
+    """Sending, or receiving the rest of a message, fails with BlockingIOError when the other side stops in the middle of it."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            seconds, rest = divmod(PATIENCE_S, 1)
+            limit = struct.pack("ll", int(seconds), int(1e6 * rest))
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
 def main() -> None:
     """A process: says that it is there, gets the rules, then blocks until the connection ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -190,18 +259,10 @@ def main() -> None:
 def _outcome(block: Block, rules: DocumentRules) -> tuple[Documents | None, Exception | None]:
     try:
         return documents_of(block, rules), None
-    except Exception as error:
-        if isinstance(error, ValueError) and _is_ours(error):
-            return None, ValueError(str(error))
+    except DataError as error:
+        return None, DataError(str(error))
+    except Exception:
         return None, RuntimeError(f"in a process that tokenises: {traceback.format_exc()}")
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Raised by our own code: a mistake in the data, not a fault."""
-    trace: Any = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").startswith("nova_sys.")
 
 
 def _end_with_parent() -> None:

@@ -2,12 +2,14 @@
 and seed."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nova_sys.data import loader as loader_module
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.packing import balance, pack_documents
 
@@ -256,3 +258,24 @@ def test_packs_are_fair_samples_of_short_documents():
     again = pack_documents(lengths, CAPACITY, seed=3, epoch=1)
     assert again.num_packs == plan.num_packs
     assert set(plan.documents(0)) != set(again.documents(0))
+
+
+def test_no_step_waits_for_data_or_for_the_next_epochs_plan(monkeypatch):
+    """A plan takes as long as six steps; an epoch has ten."""
+
+    def slow_plan(*arguments, **options):
+        time.sleep(0.3)
+        return pack_documents(*arguments, **options)
+
+    monkeypatch.setattr(loader_module, "pack_documents", slow_plan)
+    loader = make([CAPACITY] * 40)
+    loader.start(3)
+    waits_s = []
+    for _ in range(25):  # across two ends of an epoch
+        began = time.perf_counter()
+        loader.next()
+        waits_s.append(time.perf_counter() - began)
+        time.sleep(0.05)
+    loader.stop()
+    assert max(waits_s[1:]) < 0.1
+    assert sorted(waits_s[1:])[len(waits_s) // 2] < 0.002

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from nova_sys.config import ModelConfig
 from nova_sys.data.batch import Pack
-from nova_sys.metrics import attention_area, training_flops
+from nova_sys.metrics import StepClock, attention_area, training_flops
 
 
 def test_attention_area_counts_allowed_pairs() -> None:
@@ -45,3 +50,26 @@ def test_training_flops_by_hand() -> None:
     attention = 2 * 4 * 4 * area  # scores and weighted sum: 4 heads of 4
     forward = 2 * (3 * (7 * weights + attention) + 4 * 16 * 100)
     assert training_flops(model, 4, 100, pack) == pytest.approx(3 * forward)
+
+
+def test_a_step_waits_for_the_rank_that_waits_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of four ranks waits for data; a mean would hide three quarters of it."""
+
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        """With three ranks that did the same, but did not wait, and need a GiB more."""
+        if op == dist.ReduceOp.MAX:
+            tensor[0] += 1.0
+        else:
+            tensor *= 4
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr("nova_sys.metrics.peak_memory_gib", lambda _: 2.0)
+    monkeypatch.setattr("nova_sys.metrics.training_flops", lambda *_: 1e9)
+    groups = SimpleNamespace(dp=None)
+    parallel = SimpleNamespace(device=torch.device("cpu"), groups=groups, world_size=4, data_size=4)
+    clock = StepClock(ModelConfig(), parallel, head_dim=4, vocab_size=9, dtype=torch.float32)  # pyright: ignore[reportArgumentType]
+    pack: Any = SimpleNamespace(num_tokens=30, tokens_T=np.zeros(40), document_P=np.zeros(3))
+    record = clock.record([pack], step_time_s=2.0, data_wait_s=0.08)
+    assert record["data_wait_ms"] == pytest.approx(80.0)
+    assert record["peak_gib"] == 3.0
+    assert (record["tokens_per_s"], record["pairs_per_s"], record["fill"]) == (60, 6, 0.75)
