@@ -2,14 +2,15 @@
 
 A checkpoint is the folder `<run.dir>/checkpoints/step_00000050`. It is written under a hidden name beside it and renamed when
 every rank has finished and every byte is on the disk, so a folder with that name is complete. Inside: Megatron's shards,
-`nova.json` (what it is a checkpoint of, and the sizes of its files), `config.toml` and `tokenizer/`, so that the folder alone is
-enough to evaluate, generate, or start another run.
+`nova.json` (what it is a checkpoint of, and the sizes of its files), `config.toml`, `tokenizer/`, and `template.jinja` if the chat
+template was a file, so that the folder alone is enough to evaluate, generate, or start another run.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 import traceback
 import uuid
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,13 +39,15 @@ from nova_sys.checkpoint_files import (
     sync_to_disk,
 )
 from nova_sys.config import CheckpointConfig, ModelConfig
+from nova_sys.errors import HANG_EXIT_CODE, end_at_once
 from nova_sys.forked import ForkedCall
-from nova_sys.optimizer import allocate_state, load_optimizer
+from nova_sys.optimizer import load_optimizer
 from nova_sys.shards import PlannedShards, bytes_on_disk, plan_shards, read_shards
 
 MARGIN_BYTES = 1 << 20
 """For the small files."""
 PROBE_BYTES = 1 << 16
+NUM_LISTED = 8
 # The optimizer state as one tensor per weight, so that another layout can read it.
 RESHARDABLE = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -65,12 +68,12 @@ def _read(state: dict[str, Any], checkpoint: Path) -> Any:
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:
-    """Raises: the ValueError that `work` raised there, on every rank."""
+    """Raises: the ValueError or OSError that `work` raised there, on every rank, as a ValueError."""
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)  # now every rank knows how it went
     if problem[0] is not None:
@@ -137,19 +140,31 @@ class _Saving:
     final: Path
     planned: PlannedShards
     num_bytes: int
-    config_text: str
+    texts: dict[str, str]
     tokenizer_dir: Path
     call: ForkedCall[list[Any]]
 
 
 class Checkpointer:
-    """Saves and resumes one run. Every rank calls every method at the same step."""
+    """Saves and resumes one run. Every rank calls every method at the same step.
+
+    A writer that gets nothing written for timeout_s ends the job, like any rank that does not answer.
+    """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, *, rank: int, world_size: int
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
     ) -> None:
         self.run_dir, self.dir = run_dir, checkpoints_dir(run_dir)
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.timeout_s = timeout_s
+        self._progress = (0, 0.0)
+        """This rank's writer's, and when it was first seen."""
         self._saving: _Saving | None = None
         self._last_step = -1
         if rank == 0:
@@ -165,10 +180,10 @@ class Checkpointer:
         chunks: Sequence[Any],
         optimizer: Any,
         *,
-        config_text: str,
+        texts: dict[str, str],
         tokenizer_dir: Path,
     ) -> None:
-        """Writes a checkpoint; in the background if the config says so (see `poll`).
+        """Writes a checkpoint; in the background if the config says so (see `poll`). texts: more files of it, by name.
 
         Raises: ValueError on every rank when the disk is full or refuses; also about the save that was in the background.
         """
@@ -179,17 +194,22 @@ class Checkpointer:
         final = self.folder(description.step)
         # a name of its own: a writer that a killed run may have left on another machine cannot write into it
         partial = self.dir / f".{final.name}.{description.identity[:12]}"
-        state = self._state(chunks, optimizer, description.step)
-        num_bytes = self._sum_over_ranks(bytes_on_disk(state))
+        state = self._state(chunks, optimizer)
+        own_bytes = bytes_on_disk(state)
+        if self.rank == 0:
+            with suppress(OSError):  # copying them will tell
+                own_bytes += sum(file_sizes(tokenizer_dir).values())
+        (num_bytes,) = self._sum_over_ranks(own_bytes)
         _on_rank_0(lambda: self._make_room(partial, num_bytes))
         planned = plan_shards(state, partial)
+        self._progress = (0, time.monotonic())
         self._saving = _Saving(
             description=description,
             partial=partial,
             final=final,
             planned=planned,
             num_bytes=num_bytes,
-            config_text=config_text,
+            texts=texts,
             tokenizer_dir=tokenizer_dir,
             call=ForkedCall(planned.write),
         )
@@ -198,9 +218,33 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Publishes a background save that has finished. Cheap; called once per step."""
-        if self._saving and not self._sum_over_ranks(self._saving.call.is_running()):
+        if self._saving is None:
+            return
+        running, seen = self._saving.call.is_running(), self._saving.planned.progress
+        if seen != self._progress[0]:
+            self._progress = (seen, time.monotonic())
+        stuck = running and time.monotonic() - self._progress[1] > self.timeout_s
+        num_running, num_stuck = self._sum_over_ranks(running, stuck)
+        if num_stuck:
+            self._end_stuck(self._saving, stuck)
+        if not num_running:
             saving, self._saving = self._saving, None
             self._finish(saving)
+
+    def _end_stuck(self, saving: _Saving, stuck: bool) -> NoReturn:
+        """The writers cannot be waited for: a disk that does not answer lets go of no process."""
+        mine = f"rank {self.rank} (host {socket.gethostname()}, pid {saving.call.pid})"
+        everybody: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(everybody, mine if stuck else None)  # now all know whose
+        names = [name for name in everybody if name]
+        more = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
+        end_at_once(
+            f"the checkpoint {saving.partial} could not be saved: the writing process of {', '.join(names[:NUM_LISTED])}{more} has "
+            f"written nothing for parallel.timeout_s = {self.timeout_s:g}, so the job was ended. Is the process stopped, or the disk or "
+            "the network gone? If the disk is only slow, raise parallel.timeout_s. The same command resumes from the last checkpoint",
+            HANG_EXIT_CODE,
+            speaks=self.rank == 0,
+        )
 
     def wait(self) -> None:
         while self._saving:
@@ -248,7 +292,8 @@ class Checkpointer:
             for problem in (w for w in written if isinstance(w, Exception)):
                 raise problem
             saving.planned.finish(written)
-            (partial / "config.toml").write_text(saving.config_text)
+            for name, text in saving.texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
             shutil.copytree(saving.tokenizer_dir, partial / "tokenizer")
             described = replace(saving.description, files=file_sizes(partial))
             (partial / DESCRIPTION).write_text(json.dumps(asdict(described), indent=1))
@@ -275,17 +320,16 @@ class Checkpointer:
             f"older ones are kept), or see to the disk; the same command then {goes_on}"
         )
 
-    def _sum_over_ranks(self, number: int) -> int:
-        total = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
-        dist.all_reduce(total)  # now the sum over the job
-        return int(total)
+    def _sum_over_ranks(self, *numbers: int) -> list[int]:
+        totals = torch.tensor(numbers, dtype=torch.int64, device=torch.cuda.current_device())
+        dist.all_reduce(totals)  # now the sums over the job
+        return totals.tolist()
 
     def resume(self, checkpoint: Path, chunks: Sequence[Any], optimizer: Any) -> int:
         """Restores weights, optimizer and (on as many ranks, of the same kind) random states. Returns the number of steps done."""
         saved = read_description(checkpoint)
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        allocate_state(optimizer)
-        state = self._state(chunks, optimizer, 0, is_loading=True)
+        state = self._state(chunks, optimizer, is_loading=True)
         if (saved.world_size, saved.device) != (self.world_size, kind):
             del state["random"]
         loaded = _read(state, checkpoint)
@@ -300,7 +344,7 @@ class Checkpointer:
         return saved.step
 
     def _state(
-        self, chunks: Sequence[Any], optimizer: Any, step: int, *, is_loading: bool = False
+        self, chunks: Sequence[Any], optimizer: Any, *, is_loading: bool = False
     ) -> dict[str, Any]:
         state = model_state(chunks)
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -313,7 +357,6 @@ class Checkpointer:
             name: ShardedTensor.from_rank_offsets(f"random.{name}", s, place, prepend_axis_num=1)
             for name, s in random.items()
         }
-        state["step"] = step
         return state
 
     def _prune(self) -> None:

@@ -8,16 +8,19 @@ import pickle
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from nova_sys.config import ModelConfig
+from nova_sys.config import FORBID_UNKNOWN_KEYS, ModelConfig
 
 FORMAT = 2
 """2: sizes of files, random states as tensors, nothing but tensors in the shards."""
 DESCRIPTION = "nova.json"
+TEMPLATE = "template.jinja"
+"""The chat template, where it was a file: `data.template` may be edited, or be a path in another folder."""
 METADATA, COMMON = ".metadata", "common.pt"
 _CHECKPOINT = "torch.distributed.checkpoint"
 PLAIN_CLASSES = {
@@ -40,6 +43,8 @@ PLAIN_CLASSES = {
 class Description:
     """What a checkpoint says of itself. `identity` is unique to the save: caches of what these weights computed are keyed by it."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
+
     step: int
     model: dict[str, Any]
     vocab_size: int
@@ -51,9 +56,14 @@ class Description:
     world_size: int
     device: str
     identity: str
+    skipped_in_a_row: int = 0
+    """Steps up to this one that were left out because they were not finite."""
     files: dict[str, int] = field(default_factory=dict)
     """Bytes by relative path: all files of the folder but this one."""
     format: int = FORMAT
+
+
+_ADAPTER = TypeAdapter(Description)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -77,9 +87,14 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder, or a run folder's newest checkpoint. Raises: ValueError when there is none."""
     path = Path(path)
-    if (path / DESCRIPTION).is_file():
-        return path
-    newest = latest_checkpoint(path)
+    try:
+        if (path / DESCRIPTION).is_file():
+            return path
+        newest = latest_checkpoint(path)
+    except OSError as error:
+        raise ValueError(
+            f"the checkpoint {path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     if newest is None:
         raise ValueError(
             f"{path} is not a checkpoint (no {DESCRIPTION}) and no run folder with one (no checkpoints/step_*); "
@@ -106,15 +121,25 @@ def refuse_damaged(checkpoint: Path) -> None:
 def _describe(checkpoint: Path) -> Description | str:
     """What the checkpoint says of itself, or why it cannot be understood."""
     try:
-        fields = json.loads((checkpoint / DESCRIPTION).read_text())
-        if fields["format"] == FORMAT:
-            return Description(**fields)
+        data = (checkpoint / DESCRIPTION).read_bytes()
+        fields = json.loads(data)
+        found = fields["format"] if isinstance(fields, dict) else None
+        if found == FORMAT:
+            description = _ADAPTER.validate_json(data, strict=True)
+            if "kv_shift" not in description.model:
+                return f"{DESCRIPTION} is malformed: model has no kv_shift"
+            return description
     except OSError as error:
         return f"{DESCRIPTION} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, KeyError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{DESCRIPTION} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (ValueError, KeyError, RecursionError) as error:
         return f"{DESCRIPTION} is malformed: {error}"
+    if not isinstance(found, int):
+        return f"{DESCRIPTION} is malformed: it names no format"
     raise ValueError(
-        f"{checkpoint}: checkpoint format {fields['format']}, this version reads {FORMAT}; use the version that wrote it, or train again"
+        f"{checkpoint}: checkpoint format {found}, this version reads {FORMAT}; use the version that wrote it, or train again"
     )
 
 

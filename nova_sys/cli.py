@@ -34,6 +34,15 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Change one key, e.g. train.steps=100. Repeatable."
     ),
 ]
+ModelOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the checkpoint's recipe for this command, e.g. parallel.tensor=2 (with --nproc 2) or "
+        "train.precision=bf16. Repeatable.",
+    ),
+]
 Nproc = Annotated[
     int, typer.Option(min=1, help="Local processes: one per GPU, or ranks on the CPU.")
 ]
@@ -106,7 +115,7 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="Reference checkpoint; without it rewards are log-probs.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: ModelOverrides = None,
     nproc: Nproc = 1,
     per_pair: Annotated[
         Path | None, typer.Option(metavar="OUT.jsonl", help="Write one line per pair to this file.")
@@ -115,11 +124,20 @@ def evaluate(
         bool, typer.Option("--with-ids", help="Also write each pair's token ids into --per-pair.")
     ] = False,
 ) -> None:
-    """Reward accuracy, margins and losses of a checkpoint on preference pairs."""
+    """Reward accuracy, margins and losses of a checkpoint on preference pairs.
+
+    The NLL is in nats per token, over all tokens of the answers together: a long answer weighs more than a short one.
+    """
     if with_ids and per_pair is None:
         raise ValueError(
             "--with-ids: adds to the lines of --per-pair; give --per-pair OUT.jsonl too"
         )
+    if nproc > 1:  # a mistake is told here, before nproc processes have started
+        from nova_sys.saved_config import EVALUATE, config_for
+
+        own = ['data.train="pairs"', 'algo.name="dpo"']
+        for folder in (checkpoint, reference or checkpoint):
+            config_for(EVALUATE, folder, overrides or [], nproc, own)
     argv = [str(checkpoint), *(part for path in data for part in ("--data", path))]
     argv += ["--reference", str(reference)] if reference else []
     argv += ["--per-pair", str(per_pair)] if per_pair else []
@@ -155,23 +173,34 @@ def generate(
         int | None, typer.Option(help="Most tokens to cache at a time; 65536 unless given.")
     ] = None,
     json_lines: Annotated[
-        bool, typer.Option("--json", help="Print JSON lines instead of text.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--json/--text",
+            help="What to print. Unless given: text on a terminal, JSON lines elsewhere, nothing with --out.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="OUT.jsonl", help="Write JSON lines to this file.")
     ] = None,
     with_ids: Annotated[
         bool, typer.Option("--with-ids", help="Add token ids to the JSON lines.")
     ] = False,
-    overrides: Overrides = None,
+    overrides: ModelOverrides = None,
     nproc: Nproc = 1,
 ) -> None:
     """Continue prompts with a checkpoint's model, greedily or by sampling.
 
     Prompts come from the command line, --file, or standard input.
     """
+    if json_lines is None:
+        json_lines = not (out or sys.stdout.isatty())
     if with_ids and not (json_lines or out):
         raise ValueError("--with-ids: adds to JSON lines; give --json or --out OUT.jsonl too")
+    if nproc > 1:  # a mistake is told here, before nproc processes have started
+        from nova_sys.saved_config import GENERATE, config_for
+
+        config_for(GENERATE, checkpoint, overrides or [], nproc)
     argv = [str(checkpoint), *(f"--prompt={text}" for text in prompts or [])]
     argv += [f"--max-new-tokens={max_new_tokens}", f"--temperature={temperature}"]
     argv += [f"--top-p={top_p}", f"--seed={seed}", f"--num-samples={num_samples}"]
@@ -181,13 +210,15 @@ def generate(
     argv += [name for name, given in flags.items() if given]
     with tempfile.TemporaryDirectory(prefix="nova_") as folder:
         if file == "-" or (file is None and not prompts and not sys.stdin.isatty()):
-            file = str(Path(folder) / "stdin")  # a file, because every rank reads it
-            Path(file).write_bytes(sys.stdin.buffer.read())
-        if file is None and not prompts:
+            piped = Path(folder) / "stdin"  # a file, because every rank reads it
+            piped.write_bytes(sys.stdin.buffer.read())
+            argv.append(f"--stdin-file={piped}")
+        elif file is not None:
+            argv.append(f"--file={file}")
+        elif not prompts:
             raise ValueError(
                 "no prompts: give them after the checkpoint, with --file, or on standard input"
             )
-        argv += [f"--file={file}"] if file is not None else []
         raise typer.Exit(launch("nova_sys.generate", [*argv, *_set_flags(overrides)], nproc))
 
 

@@ -69,7 +69,7 @@ class DataConfig:
     pack_length: int = 2048
     """T: tokens per pack. One pack is one micro-batch."""
     max_length: int = 0
-    """Longest prefix + response in tokens; 0: pack_length. Longer documents are truncated by the rule in data/store.py, and counted."""
+    """Longest prefix + response in tokens; 0: pack_length. Longer documents are truncated by the rule in data/truncate.py, and counted."""
     share_prefix: bool = True
     """Store and compute a document's prefix once for all its responses; False gives every response its own copy."""
     max_skipped: float = 0.05

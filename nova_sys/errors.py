@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
+from opcode import opmap
 from typing import NoReturn
 
 from nova_sys.log import console, current_rank
@@ -20,6 +21,10 @@ BACKEND_CHOICE = "nova_kernels.backend"  # refuses what train.kernels asks of an
 LAUNCHED = "NOVA_LAUNCHED"  # set for workers of `launcher.launch`, which prints their errors once
 IN_A_JOB = {LAUNCHED, "TORCHELASTIC_RUN_ID"}  # ours, or torchrun's
 PR_SET_PDEATHSIG = 1
+
+
+class ToldStop(RuntimeError):
+    """The run must not go on, through no mistake that was seen in its input; the message says why, and what to look at."""
 
 
 @contextmanager
@@ -51,13 +56,17 @@ def debugging() -> bool:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """A ValueError (or a FloatingPointError: a step that is not finite) that our own code raised; one from the depths of torch or
-    numpy is a fault."""
+    """A ValueError, a ToldStop, or a FloatingPointError (a step that is not finite) that a `raise` in our own code raised.
+
+    One from the depths of torch or numpy is a fault, and so is one from a built-in that our code called: int("x").
+    """
     trace = error.__traceback__
-    if not isinstance(error, (ValueError, FloatingPointError)) or trace is None:
+    if not isinstance(error, (ValueError, ToldStop, FloatingPointError)) or trace is None:
         return False
     while trace.tb_next:
         trace = trace.tb_next
+    if trace.tb_frame.f_code.co_code[trace.tb_lasti] != opmap["RAISE_VARARGS"]:
+        return False  # the instruction that failed here called something without a frame of its own
     module = trace.tb_frame.f_globals.get("__name__", "")
     return module.split(".")[0] in OUR_PACKAGES or module == BACKEND_CHOICE
 

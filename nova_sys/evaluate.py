@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
-import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,17 @@ import numpy as np
 import torch
 
 from nova_kernels import preference_loss
+from nova_sys.checkpoint_files import read_description
 from nova_sys.config import REFERENCE_FREE_LOSSES, AlgoConfig, RunConfig
-from nova_sys.config_io import check
+from nova_sys.data.formats import expand_files
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.data.token_store import StoreReport, TokenStore
-from nova_sys.errors import exit_on_user_error
-from nova_sys.inference import as_toml, checkpoint_config, load_model, refuse_other_tokenizer
-from nova_sys.log import setup_logging
+from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
+from nova_sys.errors import ToldStop, exit_on_user_error
+from nova_sys.inference import load_model
+from nova_sys.log import current_rank, setup_logging
+from nova_sys.outputs import refuse_output, whole_file
 from nova_sys.parallel import (
     Parallel,
     current_world_size,
@@ -42,10 +47,14 @@ from nova_sys.parallel import (
     shared_scratch,
 )
 from nova_sys.reference import compute_logps
+from nova_sys.saved_config import EVALUATE, as_toml, config_for, files_of
+
+logger = logging.getLogger(__name__)
 
 Z_95 = 1.959964
 """Quantile of the normal distribution that leaves 2.5% on either side."""
 _DOCUMENTS_PER_BLOCK = 65536
+TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -110,19 +119,19 @@ def evaluate_pairs(
 
     Args:     data: preference files in any accepted format. overrides: `key=value`, e.g. "parallel.tensor=2".
               per_pair: JSON-lines file, see `pair_rows` (main rank writes it, whole or not at all); with_ids adds the token ids.
-    Raises:   ValueError for a bad checkpoint, layout or file, or a reference with other token ids; RuntimeError when a log-prob is
-              not finite.
+    Raises:   ValueError for a bad checkpoint, layout or file, or a reference with other token ids; ToldStop when a log-prob is not
+              finite.
     """
     files = [str(data)] if isinstance(data, (str, Path)) else [str(path) for path in data]
-    if per_pair is not None and (per_pair.is_dir() or not os.access(per_pair.parent, os.W_OK)):
-        raise ValueError(
-            f"--per-pair {per_pair}: cannot be written; name a file in a folder that exists"
-        )
-    for_pairs = [f"data.train={as_toml(files)}", 'algo.name="dpo"', *overrides]
-    folder, config = checkpoint_config(checkpoint, for_pairs)
-    ref_folder, ref_config = checkpoint_config(reference or checkpoint, for_pairs)
-    config = replace(config, train=replace(config.train, global_batch_packs=current_world_size()))
-    check(config, current_world_size())
+    for_pairs = [f"data.train={as_toml(files)}", 'algo.name="dpo"']
+    world_size = current_world_size()
+    folder, config = config_for(EVALUATE, checkpoint, overrides, world_size, for_pairs)
+    ref_folder, ref_config = config_for(
+        EVALUATE, reference or checkpoint, overrides, world_size, for_pairs
+    )
+    if per_pair is not None:
+        inputs = [*expand_files(files), *files_of(folder), *files_of(ref_folder)]
+        refuse_output("--per-pair", per_pair, inputs)
     with (
         parallel_run(config.parallel, seed=config.train.seed) as parallel,
         shared_scratch(parallel) as scratch,
@@ -133,8 +142,7 @@ def evaluate_pairs(
             data=replace(config.data, cache_dir=str(scratch)),
         )
         prepared = main_rank_first(parallel, lambda: prepare_data(config, verify=parallel.is_main))
-        for weights in (folder, ref_folder):
-            refuse_other_tokenizer(prepared.tokenizer, weights)
+        _refuse_other_ids(prepared.tokenizer, ref_folder)
         store = prepared.store
         logp_B, ref_logp_B = _score(folder, config, store, parallel), None
         if reference is not None:
@@ -143,8 +151,22 @@ def evaluate_pairs(
         tokens_B = answer_tokens(store)
         if per_pair is not None and parallel.is_main:
             rows = pair_rows(store, logp_B, ref_logp_B, tokens_B, with_ids=with_ids)
-            _write_rows(per_pair, rows)
+            with whole_file("--per-pair", per_pair) as out:
+                out.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         return _summary(config.algo, store.report, logp_B, ref_logp_B, tokens_B)
+
+
+def _refuse_other_ids(tokenizer: Tokenizer, reference: Path) -> None:
+    """Raises: ValueError when the reference's weights do not know the ids that the checkpoint's tokenizer gives."""
+    problem = tokenizer.conflict_with(load_tokenizer(reference / "tokenizer"))
+    num_rows = read_description(reference).vocab_size
+    if problem is None and tokenizer.vocab_size > num_rows:
+        problem = f"{tokenizer.vocab_size} ids in the one, rows for {num_rows} in the other"
+    if problem is not None:
+        raise ValueError(
+            f"--reference {reference}: was trained with another tokenizer than the checkpoint ({problem}); an id must keep its "
+            "meaning. Name a reference with the same tokenizer"
+        )
 
 
 def _score(folder: Path, config: RunConfig, store: TokenStore, parallel: Parallel) -> np.ndarray:
@@ -160,16 +182,25 @@ def _score(folder: Path, config: RunConfig, store: TokenStore, parallel: Paralle
         share_prefix=config.data.share_prefix,
         epochs=1.0,
     )
-    model = load_model(folder, config, parallel)
-    logp_B = compute_logps(model.chunks, loader, store.num_responses, parallel)
+    chunks = load_model(folder, config, parallel)
+    logp_B = compute_logps(
+        chunks, loader, store.num_responses, parallel, on_step=partial(_tell, folder, [time.time()])
+    )
     faulty = np.flatnonzero(~np.isfinite(logp_B))
     if len(faulty):
-        raise RuntimeError(
+        raise ToldStop(
             f"{folder} gives {len(faulty)} of {len(logp_B)} answers a log-prob that is not finite, first at "
             f"{store.source_of(int(faulty[0]) // 2)}; its weights are damaged, or their activations overflow (try --set "
             'train.precision="fp32")'
         )
     return logp_B
+
+
+def _tell(folder: Path, last_s: list[float], done: int, total: int) -> None:
+    """A line every now and then."""
+    if time.time() - last_s[0] > TELL_EVERY_S:
+        last_s[0] = time.time()
+        logger.info("evaluate: %d%% of the answers by %s", 100 * done // total, folder)
 
 
 def answer_tokens(store: TokenStore) -> np.ndarray:
@@ -217,20 +248,6 @@ def pair_rows(
         yield row
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        partial.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"--per-pair {path}: cannot be written ({error.strerror}); make room, or name another file"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _summary(
     algo: AlgoConfig,
     report: StoreReport,
@@ -275,7 +292,7 @@ def summary_text(result: Evaluation, reference: str | None) -> str:
             + (f" ({'; '.join(notes)})" if notes else ""),
             f"reward accuracy  {result.reward_accuracy}",
             f"margin           {result.margin}   {algo.loss}, beta {algo.beta:g}, {against}",
-            f"chosen NLL       {result.chosen_nll} nats/token",
+            f"chosen NLL       {result.chosen_nll} nats/token, over all tokens of these answers",
             f"rejected NLL     {result.rejected_nll} nats/token",
             "                 in brackets: 95% confidence intervals",
         ]
@@ -301,7 +318,7 @@ def main(argv: Sequence[str]) -> None:
             per_pair=args.per_pair,
             with_ids=args.with_ids,
         )
-        if int(os.environ.get("RANK", "0")) == 0:
+        if current_rank() == 0:
             print(summary_text(result, args.reference))
 
 

@@ -12,24 +12,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from nova_sys.checkpoint_files import resolve_checkpoint
 from nova_sys.config import RunConfig
-from nova_sys.config_io import check
 from nova_sys.data.prompts import Prompt, read_prompts
 from nova_sys.data.records import Message
 from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 from nova_sys.decode import Continuation, Decoder, continue_prompts
 from nova_sys.errors import exit_on_user_error
-from nova_sys.inference import checkpoint_config, load_model
+from nova_sys.inference import load_model
 from nova_sys.log import current_rank, setup_logging
+from nova_sys.outputs import refuse_output, say, whole_file
 from nova_sys.parallel import Parallel, current_world_size, parallel_run
 from nova_sys.sampling import Sampling, uniforms
+from nova_sys.saved_config import GENERATE, config_for, files_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +109,15 @@ def generate(
     ]
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens = {batch_tokens}: must be 1 or more")
-    folder, config = checkpoint_config(checkpoint, overrides)
-    config = replace(config, train=replace(config.train, global_batch_packs=current_world_size()))
-    check(config, current_world_size())
+    folder, config = config_for(GENERATE, checkpoint, overrides, current_world_size())
     renderer = Renderer(load_tokenizer(folder / "tokenizer"), config.data.template, "pairs")
     ids = [_prompt_ids(prompt, renderer, config, sampling) for prompt in asked]
     with parallel_run(config.parallel, seed=config.train.seed) as parallel:
-        model = load_model(folder, config, parallel)
         decoder = Decoder(
-            model.chunks,
+            load_model(folder, config, parallel),
             parallel,
             pack_length=config.data.pack_length,
-            num_ids=model.tokenizer.vocab_size,
+            num_ids=renderer.tokenizer.vocab_size,
         )
         done = continue_all(decoder, ids, renderer.stop_ids(), sampling, batch_tokens)
         for item, continuation in done:
@@ -253,6 +252,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT")
     parser.add_argument("--file", type=Path)
+    parser.add_argument("--stdin-file", type=Path)  # what standard input held, for every rank
     for name, value in vars(Sampling()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--chat", action="store_true")
@@ -267,6 +267,11 @@ def main(argv: Sequence[str]) -> None:
         sampling = Sampling(**{name: getattr(args, name) for name in vars(Sampling())})
         prompts = [Prompt(text, f"prompt {n}") for n, text in enumerate(args.prompt, start=1)]
         prompts += read_prompts(args.file) if args.file else []
+        prompts += read_prompts(args.stdin_file, "standard input") if args.stdin_file else []
+        if args.out:
+            inputs = [args.file] if args.file else []
+            inputs += files_of(resolve_checkpoint(args.checkpoint))
+            refuse_output("--out", args.out, inputs)
         completions = generate(
             args.checkpoint,
             [prompt.as_turn() for prompt in prompts] if args.chat else prompts,
@@ -274,17 +279,9 @@ def main(argv: Sequence[str]) -> None:
             overrides=args.set,
             batch_tokens=args.batch_tokens,
         )
-        with _open(args.out) if args.out and current_rank() == 0 else nullcontext() as out:
+        writes = args.out and current_rank() == 0
+        with whole_file("--out", args.out) if writes else nullcontext() as out:
             _write(completions, len(prompts) * sampling.num_samples, out, args)
-
-
-def _open(path: Path) -> TextIO:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"--out {path}: cannot be written ({error.strerror}); name a file in a folder that exists"
-        ) from None
 
 
 def _write(
@@ -298,13 +295,11 @@ def _write(
         if current_rank() != 0:
             continue
         if out is not None:
-            if number == 1:  # what was there before is kept until there is something better
-                out.truncate(0)
             print(completion.as_json(with_ids=args.with_ids), file=out, flush=True)
         if args.json:
-            print(completion.as_json(with_ids=args.with_ids), flush=True)
+            say(completion.as_json(with_ids=args.with_ids))
         elif out is None:
-            print(completion.as_text(), flush=True)
+            say(completion.as_text())
         if time.monotonic() - told > TELL_EVERY_S or (out is not None and number == total):
             told = time.monotonic()
             speed = num_tokens / (told - began)

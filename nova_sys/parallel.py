@@ -204,7 +204,8 @@ _turns = itertools.count()
 def main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
     """`work()` on the main rank, then on the others, which find done what it left on the disk.
 
-    The others wait at the job's key-value store, not in a collective: preparing data may take longer than any collective should.
+    The others wait at the job's key-value store, not in a collective: preparing data may take longer than any collective should. The
+    watchdog ends the job when the main rank shows no sign of life.
     Raises: what `work` raised on the main rank, on every rank.
     """
     with parallel.watchdog.phase("one rank works, the others wait", watched=False):
@@ -233,12 +234,15 @@ def _main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
 
 
 def from_main(parallel: Parallel, decide: Callable[[], T]) -> T:
-    """What the main rank decides, on every rank: ranks that look at a disk for themselves may see different things."""
+    """What the main rank decides, on every rank: ranks that look at a disk for themselves may see different things.
+
+    Raises: the ValueError or OSError that `decide` raised there, on every rank, as a ValueError.
+    """
     box: list[Any] = [None]
     if parallel.is_main:
         try:
             box = [(decide(), None)]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             box = [(None, str(error))]
     dist.broadcast_object_list(
         box, src=0
@@ -247,6 +251,13 @@ def from_main(parallel: Parallel, decide: Callable[[], T]) -> T:
     if problem is not None:
         raise ValueError(problem)
     return decision
+
+
+def on_any_rank(parallel: Parallel, true_here: bool) -> bool:
+    """Whether it is true on some rank, on every rank."""
+    found = torch.tensor(true_here, dtype=torch.int32, device=parallel.device)
+    dist.all_reduce(found)  # now the number of ranks where it is true
+    return bool(found)
 
 
 @contextmanager

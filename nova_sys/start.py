@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,19 @@ from nova_sys.checkpoint_files import (
     resolve_checkpoint,
 )
 from nova_sys.config import RunConfig
+from nova_sys.config_io import to_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+NEWER_FIELDS = ("train.precision", "parallel.distributed_optimizer")
+"""Older checkpoints do not have these `run_fields`."""
+LENGTH = ("train.steps", "train.epochs")
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ def find_start(config: RunConfig) -> Start:
         saved = read_description(newest)
         refuse_damaged(newest)
         _refuse_another_run(run_dir, saved.run, run_fields(config))
+        _tell_changes(newest, config)
         return Start(newest, init_from, saved.start_identity, newest / "tokenizer")
     if begun:  # and ended before its first checkpoint: the same run starts over, another one may not take its place
         _refuse_another_run(run_dir, _left_by(run_dir), run_fields(config))
@@ -67,14 +82,19 @@ def claim(run_dir: Path, config: RunConfig, data_key: str, *, resumes: bool) -> 
         partial.write_text(json.dumps(ours, indent=1))
         partial.replace(run_dir / RUN_FILE)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ValueError(f"run.dir={run_dir} cannot be written to: {error}; make room") from None
 
 
 def _left_by(run_dir: Path) -> dict[str, Any]:
     """What the run in this folder is."""
     try:
-        return json.loads((run_dir / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
+        fields = json.loads((run_dir / RUN_FILE).read_text())
+        if not isinstance(fields, dict):
+            raise ValueError("it is not a JSON object")
+        return fields
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"run.dir={run_dir} holds metrics of a run, but not which one ({RUN_FILE}: {error}); choose another run.dir, or remove "
             "metrics.jsonl to start over there"
@@ -100,13 +120,21 @@ def starting_tokenizer(config: RunConfig) -> Path | None:
 
 
 def run_fields(config: RunConfig) -> dict[str, Any]:
-    """What must not change between a run and its continuation: else data order, loss or weights would."""
+    """What must not change between a run and its continuation, besides the data: model, loss, batches, numbers' precision, and the
+    form of the optimizer's state. Optimizer settings and the number of steps may change, and are told: see `_tell_changes`."""
+    from nova_sys.parallel import (
+        choose_dtype,
+    )  # Megatron: seconds, for commands that need none of it
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         **{f"model.{key}": value for key, value in describe_model(config.model).items()},
         "model.init_from": config.model.init_from,
         "algo": asdict(config.algo) | {"reference": None},  # cache and online are the same numbers
         "train.seed": config.train.seed,
         "train.global_batch_packs": config.train.global_batch_packs,
+        "train.precision": str(choose_dtype(config.train.precision, device)).removeprefix("torch."),
+        "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
         "data.pack_length": config.data.pack_length,
         "data.max_length": config.data.max_length,
         "data.share_prefix": config.data.share_prefix,
@@ -114,13 +142,46 @@ def run_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _refuse_another_run(run_dir: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    ours = json.loads(json.dumps(ours))  # lists and tuples alike
+    ours, saved = _flat(json.loads(json.dumps(ours))), _flat(saved)  # lists and tuples alike
     differing = [
-        f"{k}: {saved.get(k)} there, {v} here" for k, v in ours.items() if saved.get(k) != v
+        f"{k}: {saved.get(k)} there, {v} here"
+        for k, v in ours.items()
+        if saved.get(k) != v and (k in saved or k not in NEWER_FIELDS)
     ]
     if differing:
         raise ValueError(
             f"run.dir={run_dir} holds another run ({'; '.join(differing)}); choose another run.dir, or restore these settings"
+        )
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """{"algo": {"beta": 0.1}} as {"algo.beta": 0.1}, so that a message has only what differs."""
+    nested = {k: v if isinstance(v, dict) else {"": v} for k, v in table.items()}
+    return {
+        f"{k}.{name}".rstrip("."): v for k, inner in nested.items() for name, v in inner.items()
+    }
+
+
+def _tell_changes(checkpoint: Path, config: RunConfig) -> None:
+    """Warns of settings that a run may change when it continues, but hardly by accident."""
+    try:
+        then = tomllib.loads((checkpoint / "config.toml").read_text())
+    except (OSError, ValueError):  # only for people to read
+        return
+    now = tomllib.loads(to_toml(config))
+    before, after = (
+        {k: v for k, v in _flat(table).items() if k.startswith(("optimizer.", *LENGTH))}
+        for table in (then, now)
+    )
+    changes = [
+        f"{key}: {before.get(key, 'not set')} before, {after.get(key, 'not set')} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changes:
+        logger.warning(
+            "the run goes on with other settings (%s), so not as it would have without a stop",
+            "; ".join(changes),
         )
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -35,25 +35,41 @@ class StopRequest:
         self.reason: str | None = None
         self.agreed = False
         self._received_s: float | None = None
-        self._training = self._unwinding = self._closed = False
+        self._starting = self._training = self._unwinding = self._closed = False
 
     @property
     def is_set(self) -> bool:
         return self.reason is not None
 
-    def start_training(self) -> None:
-        """From here on a first signal is only noted: the loop asks `is_set` in every step."""
+    def start_training(self, on_any_rank: Callable[[bool], bool] = bool) -> None:
+        """From here on a first signal is only noted: the loop asks `is_set` in every step.
+
+        Raises: SystemExit when a signal has come already, to whichever rank: else some ranks would train, and wait for those that
+        it has ended.
+        Args:   on_any_rank: whether a thing is true on some rank; a collective.
+        """
+        self._starting = True
+        try:
+            ends = on_any_rank(self.is_set)
+        except RuntimeError:  # a rank that was not here yet has ended
+            if not self.is_set:
+                raise
+            ends = True
+        if ends:
+            self._unwinding = True
+            sys.exit(128 + signal.Signals[self.reason or "SIGTERM"])
         self._training = True
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        if not (self._training or self._unwinding):
+        if not (self._starting or self._unwinding):
             self._unwinding = True
             sys.exit(128 + number)
 
     def _read(self, pipe: int) -> None:
-        """The thread: one byte per signal, its number; 0 at the end."""
+        """The thread: one byte per signal that Python handles, also for others than us; its number, 0 at the end."""
         while number := int.from_bytes(os.read(pipe, 1), "little"):
-            self._receive(signal.Signals(number))
+            if number in SIGNALS:
+                self._receive(signal.Signals(number))
 
     def _receive(self, number: signal.Signals) -> None:
         if self._received_s is None:

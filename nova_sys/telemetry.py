@@ -32,6 +32,7 @@ TAGS = {  # name in a record and in metrics.jsonl -> TensorBoard tag
     "chosen_logp": "{algo}/chosen_logp",
     "rejected_logp": "{algo}/rejected_logp",
     "nll": "{algo}/nll",
+    "drift": "{algo}/drift",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
     "skipped": "optim/skipped",  # 1: the step was not finite and changed nothing, else 0
@@ -83,18 +84,22 @@ class Telemetry:
         if not is_main:
             return
         self._run_dir = run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._algorithm = algorithm
         self._first_step = start_step + 1
         self._total_steps = total_steps
         self._every_steps = log.every_steps
-        self._metrics = _open_metrics(run_dir / "metrics.jsonl", start_step)
+        self._metrics: TextIO | None = None
         self._writer: SummaryWriter | None = None
-        if log.tensorboard:
-            self._writer = _open_tensorboard(run_dir / "tensorboard", start_step)
-            self._writer.add_text("config/toml", f"```toml\n{config_text}\n```", start_step)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._metrics = _open_metrics(run_dir / "metrics.jsonl", start_step)
+            if log.tensorboard:
+                self._writer = _open_tensorboard(run_dir / "tensorboard", start_step)
+                self._writer.add_text("config/toml", f"```toml\n{config_text}\n```", start_step)
+        except OSError as error:
+            self._note(error, start_step)
         self._bar: _Bar | None = None
-        if log.progress and console().is_terminal:
+        if self.problem is None and log.progress and console().is_terminal:
             self._bar = _Bar(algorithm, start_step, total_steps)
 
     def step(self, record: Record) -> None:
@@ -110,21 +115,33 @@ class Telemetry:
             name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
         }
         try:
-            if self.problem is None:
+            if self.problem is None and self._metrics:
                 self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
                 self._write_scalars(step, values)
         except OSError as error:
-            self.problem = (
-                f"step {step}: the metrics cannot be written into {self._run_dir} ({error.strerror}; "
-                f"{shutil.disk_usage(self._run_dir).free:,} bytes are free there). Make room; the same "
-                "command then continues from the last checkpoint, and nothing of the metrics is missing"
-            )
+            self._note(error, step)
         self._show(step, values)
 
     def refuse_problem(self) -> None:
-        """Raises: ValueError when a record could not be written. On the main rank."""
+        """Returns when every record survives a loss of power. Raises: ValueError when one cannot be written. On the main rank."""
+        try:
+            if self.problem is None and self._metrics:
+                os.fsync(self._metrics.fileno())
+        except OSError as error:
+            self._note(error, None)
         if self.problem is not None:
             raise ValueError(self.problem)
+
+    def _note(self, error: OSError, step: int | None) -> None:
+        place = f"step {step}: " if step else ""
+        free = "unknown"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(self._run_dir).free:,}"
+        self.problem = (
+            f"{place}the metrics cannot be written into {self._run_dir} ({error.strerror}; "
+            f"{free} bytes are free there). Make room; the same "
+            "command then continues from the last checkpoint, and nothing of the metrics is missing"
+        )
 
     def close(self) -> None:
         if not self._is_main:
@@ -168,9 +185,14 @@ def _open_metrics(path: Path, start_step: int) -> TextIO:
     """Opens metrics.jsonl for appending, without rows beyond `start_step` and torn ones."""
     if path.exists():
         repaired = path.with_suffix(".jsonl.tmp")
-        with path.open("rb") as old, repaired.open("wb") as new:
-            new.writelines(row.rstrip() + b"\n" for row in old if _row_step(row) <= start_step)
-        os.replace(repaired, path)
+        try:
+            with path.open("rb") as old, repaired.open("wb") as new:
+                new.writelines(row.rstrip() + b"\n" for row in old if _row_step(row) <= start_step)
+            os.replace(repaired, path)
+        except OSError:
+            with suppress(OSError):
+                repaired.unlink(missing_ok=True)
+            raise
     return path.open("a", encoding="utf-8", buffering=1)  # by line: a kill loses no finished step
 
 

@@ -47,5 +47,5 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":  # the checkpoint writer starts processes that import this module again
+if __name__ == "__main__":
     main(sys.argv[1:])

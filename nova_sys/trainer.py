@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -13,18 +13,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_sys.algo import build_algorithm
 from nova_sys.checkpoint import Checkpointer, load_weights, new_identity
-from nova_sys.checkpoint_files import Description, describe_model, read_description
+from nova_sys.checkpoint_files import TEMPLATE, Description, describe_model, read_description
 from nova_sys.config import RunConfig
 from nova_sys.config_io import check_profile, to_toml
 from nova_sys.data.batch import Pack
+from nova_sys.data.chat import is_template_file
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
+from nova_sys.errors import ToldStop
 from nova_sys.metrics import StepClock
 from nova_sys.model.build import build_model, head_dim, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.non_finite import explain_non_finite
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
-from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first
+from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first, on_any_rank
 from nova_sys.reference import OnlineReference, cache_key, cached_logps, compute_logps
 from nova_sys.run_lock import RunLock
 from nova_sys.start import claim, find_start, first_weights, run_fields
@@ -80,7 +82,11 @@ class Trainer:
         )
         self.clock = self._build_clock()
         self.checkpointer = Checkpointer(
-            self.run_dir, config.checkpoint, rank=parallel.rank, world_size=parallel.world_size
+            self.run_dir,
+            config.checkpoint,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            timeout_s=config.parallel.timeout_s,
         )
         self.start_step = self._resume()  # random states too: nothing behind it may draw
         self.schedule = build_schedule(
@@ -93,19 +99,22 @@ class Trainer:
             lambda: claim(self.run_dir, config, self.data.store.key, resumes=resumes),
         )
         self.telemetry = self._build_telemetry()
+        from_main(parallel, self.telemetry.refuse_problem)
 
     def train(self) -> None:
         """Steps until done, or until a signal asks to stop; then the last checkpoint."""
         config = self.config
-        profiler = Profiler(
-            self.run_dir,
-            config.log.profile_steps if self.parallel.is_main else None,
-            start_step=self.start_step,
-        )
-        self.loader.start(self.start_step)
-        self.stop.start_training()
         done = self.start_step
+        ends = [self.lock.release, self.telemetry.close, self.loader.stop, self.checkpointer.close]
         try:
+            profiler = Profiler(
+                self.run_dir,
+                config.log.profile_steps if self.parallel.is_main else None,
+                start_step=self.start_step,
+            )
+            ends.append(profiler.close)
+            self.loader.start(self.start_step)
+            self.stop.start_training(lambda stops: on_any_rank(self.parallel, stops))
             while done < self.total_steps and not self.stop.agreed:
                 self._one_step(done)
                 done += 1
@@ -128,11 +137,11 @@ class Trainer:
             elif done == self.start_step:
                 logger.info("step %d of %d is already done; nothing to train", done, done)
         finally:
-            self.checkpointer.close()
-            self.loader.stop()
-            self.telemetry.close()
-            profiler.close()
-            self.lock.release()
+            for end in reversed(ends):
+                try:
+                    end()
+                except Exception:  # the others come to their ends, and what ended the run is told
+                    logger.warning("at the end of the run:", exc_info=True)
 
     def _one_step(self, step: int) -> None:
         watchdog = self.parallel.watchdog
@@ -194,17 +203,28 @@ class Trainer:
             if self.parallel.is_main:
                 logger.warning("%s. The step is skipped (%s)", found, in_a_row)
             return
-        self.checkpointer.wait()  # a save under way is whole, and the run resumes from it
         how_many = f"This is skipped step {self.skipped_in_a_row} in a row. " if skips else ""
         hint = "" if skips else 'train.non_finite="skip" leaves such steps out; '
-        raise FloatingPointError(
+        problem = FloatingPointError(
             f"{found}. {how_many}Look at the documents, lower optimizer.lr, or raise optimizer.warmup_steps; {hint}"
             "the same command resumes from the last checkpoint"
         )
+        self._end_with(problem)
+
+    def _end_with(self, problem: Exception) -> NoReturn:
+        """Raises: `problem`, when the save under way is whole and the run can resume from it; when it failed, both. On every rank."""
+        try:
+            self.checkpointer.wait()
+        except ValueError as another:
+            raise type(problem)(f"{problem}. Besides, {another}") from None
+        raise problem
 
     def save(self, step: int) -> None:
         """Called on every rank. Raises: ValueError on every rank when the disk is full; also when it was for the metrics up to here."""
-        from_main(self.parallel, self.telemetry.refuse_problem)
+        try:
+            from_main(self.parallel, self.telemetry.refuse_problem)
+        except ValueError as problem:
+            self._end_with(problem)
         description = Description(
             step=step,
             model=describe_model(self.config.model),
@@ -215,15 +235,23 @@ class Trainer:
             world_size=self.parallel.world_size,
             device=self.parallel.device.type,
             identity=new_identity(),
+            skipped_in_a_row=self.skipped_in_a_row,
         )
         with self.parallel.watchdog.phase("save", watched=False):  # a slow disk is no hang
             self.checkpointer.save(
                 description,
                 self.chunks,
                 self.optimizer,
-                config_text=to_toml(self.config),
+                texts=self._texts(),
                 tokenizer_dir=self.data.tokenizer_dir,
             )
+
+    def _texts(self) -> dict[str, str]:
+        """What a checkpoint needs besides weights and tokenizer, by the name of its file."""
+        texts = {"config.toml": to_toml(self.config)}
+        if is_template_file(self.config.data.template):
+            texts[TEMPLATE] = self.data.store.meta["template"]
+        return texts
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -338,24 +366,22 @@ class Trainer:
                 f"run.dir={self.run_dir} holds another run (its data, tokenizer, template or vocabulary were others); choose another "
                 "run.dir, or restore the data settings and files"
             )
+        self.skipped_in_a_row = saved.skipped_in_a_row
         step = self.checkpointer.resume(checkpoint, self.chunks, self.optimizer)
         logger.info("resumed from %s: step %d is done", checkpoint, step)
         return step
 
     def _check_first_loss(self, result: StepResult) -> None:
-        """Step 0 of DPO: policy and reference are the same weights, every margin is 0 and the loss is ln 2."""
-        expected = self.algorithm.expected_first_loss(result.means)
-        if expected is None or not self.config.train.check_first_loss:
+        """Policy and reference are the same weights at step 0, whose metrics show it when they are not."""
+        if not self.config.train.check_first_loss:
             return
-        tolerance = (1e-5 if self.dtype == torch.float32 else 1e-3) * max(1.0, expected)
-        off = abs(result.means["loss"] - expected)
-        if not off <= tolerance:
-            what = "ln 2 = 0.6931472" if expected == math.log(2.0) else f"{expected:.7f}"
-            raise RuntimeError(
-                f"the first DPO loss is {result.means['loss']:.7f}, which is {off:.1e} from {what} (allowed: {tolerance:.0e}). "
-                "Policy and reference should be equal at step 0. Usual causes: reference log-probs of other weights or data (delete the cache folder), "
-                "randomness in the forward pass such as dropout, or a fault in tensor or sequence parallelism. "
-                "train.check_first_loss=false turns this check off"
+        precision = "fp32" if self.dtype == torch.float32 else "bf16"
+        problem = self.algorithm.first_step_problem(result.means, precision=precision)
+        if problem is not None:
+            raise ToldStop(
+                f"{problem}. Policy and reference should be equal at step 0. Usual causes: reference log-probs of other weights or "
+                "data (delete the cache folder), randomness in the forward pass such as dropout, or a fault in tensor or sequence "
+                "parallelism. train.check_first_loss=false turns this check off"
             )
 
 

@@ -6,7 +6,9 @@ whichever rank, that rank calls all others through the job's key-value store; ea
 
 Three things watch, so that no single one has to work:
 - a thread that looks at the clock only, and needs neither network nor other ranks;
-- a thread that talks to the store: it says where this rank is, once a second, and hears when another rank calls;
+- a thread that talks to the store: once a second it says where this rank is and that it lives, and hears when another rank calls. Each
+  rank listens for the one before it, in every phase: one whose interpreter has not run for `timeout_s`, or whose machine is gone, is a
+  hang as well, however long its work may take;
 - faulthandler's timer in C, for a rank whose interpreter is held in native code: stacks into the same file, exit code 1.
 """
 
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import socket
@@ -24,13 +25,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
-from nova_sys.errors import HANG_EXIT_CODE, OUR_PACKAGES, end_at_once
+from nova_sys.errors import HANG_EXIT_CODE, end_at_once
+from nova_sys.hang_report import (
+    ADVICE,
+    Sighting,
+    explain,
+    from_json,
+    main_thread_place,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -38,16 +45,9 @@ if TYPE_CHECKING:
 FIRST_STEP_S = 600.0
 """The first step may take this long whatever the timeout: it compiles kernels and opens connections."""
 POLL_S = 1.0
-NUM_LISTED = 8
-ADVICE = (
-    "Every stack: {files}. Usual causes: a process stopped, swapped or out of memory; a GPU, machine, network or file system that no "
-    "longer answers; an endless loop in code or data. If steps are only slow, raise parallel.timeout_s. The same command resumes from "
-    "the last checkpoint"
-)
-WAITING = ("torch.distributed", "megatron.core")
-"""Modules in which a main thread waits for other ranks."""
 _STACK = "most recent call first"  # faulthandler's words: a report that has them holds stacks
 _KEY = "nova/watchdog"
+_GONE = b"gone"
 
 
 def grace_s(timeout_s: float) -> float:
@@ -56,8 +56,8 @@ def grace_s(timeout_s: float) -> float:
 
 
 def collective_timeout_s(timeout_s: float) -> float:
-    """A collective gives up this late, so that in a watched phase the watchdog, which knows more, comes first."""
-    return timeout_s + 2 * grace_s(timeout_s)
+    """A collective gives up this late, so that in a watched phase, also in the first step, the watchdog, which knows more, comes first."""
+    return max(timeout_s, FIRST_STEP_S) + 2 * grace_s(timeout_s)
 
 
 class _Now(NamedTuple):
@@ -69,27 +69,6 @@ class _Now(NamedTuple):
     began: float
     passed: int
     """Phases so far. All ranks go through the same ones: who has passed fewer is waited for."""
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """Where a rank was. where: its main thread's place in the code. waits: that place is inside a collective."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    phase: str
-    passed: int
-    where: str = ""
-    waits: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    @property
-    def place(self) -> str:
-        return f"step {self.step}, {self.phase}" if self.step else self.phase
 
 
 class Watchdog:
@@ -122,6 +101,8 @@ class Watchdog:
         self._tripping = threading.Lock()
         self._mine: Sighting | None = None
         self._told: tuple[str, bool] | None = None  # what the ranks agreed on; whether to print it
+        self._neighbour = (rank - 1) % world_size
+        self._listens, self._signs_of_life, self._heard = store is not None, 0, b""
         self._gathered = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if store is not None:
@@ -171,8 +152,14 @@ class Watchdog:
     # -- threads ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        quiet, signs = 0, 0  # polls, not seconds: none of them passes while this process is stopped
         while not self._closed.wait(POLL_S):
-            now = self._now
+            quiet = quiet + 1 if self._listens and self._signs_of_life == signs else 0
+            now, signs = self._now, self._signs_of_life
+            if quiet * POLL_S > self._timeout_s:
+                self._trip(
+                    f"rank {self._neighbour} has given no sign of life for {quiet * POLL_S:g} s"
+                )
             if self._called.is_set():
                 self._trip("another rank saw no progress")
             if now.limit_s is not None and time.monotonic() - now.began > now.limit_s:
@@ -182,26 +169,39 @@ class Watchdog:
         """Every line here may wait for a network that is gone; nothing waits for this thread without a limit."""
         try:
             store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # a connection of its own: the main thread may wait at the other
-            said = None
+            said, beats = None, 0
             while not self._closed.is_set() and self._mine is None:
                 now = self._now
                 if now is not said:
-                    store.set(f"{_KEY}/seen/{self._rank}", _to_json(self._sighting(now)))
+                    store.set(f"{_KEY}/seen/{self._rank}", to_json(self._sighting(now)))
                     said = now
+                beats += 1
+                store.set(f"{_KEY}/beat/{self._rank}", f"{beats}")
+                self._listen(store)
                 if store.check([f"{_KEY}/call"]):
                     self._called.set()
                 self._wake.wait(POLL_S)
             if self._mine is not None:
                 self._told = self._gather(store, self._mine)
+            else:
+                store.set(f"{_KEY}/beat/{self._rank}", _GONE.decode())  # at work no more
         except Exception as error:
+            self._listens = False
             if self._mine is not None:
                 print(f"[rank {self._rank}] the job's store: {error}", file=sys.stderr)
         finally:
             self._gathered.set()
 
+    def _listen(self, store: Store) -> None:
+        key = f"{_KEY}/beat/{self._neighbour}"
+        beat = store.get(key) if store.check([key]) else self._heard
+        if beat != self._heard or beat == _GONE:
+            self._heard = beat
+            self._signs_of_life += 1
+
     def _gather(self, store: Store, mine: Sighting) -> tuple[str, bool]:
         """Posts this rank's sighting and waits for the others'; the lowest rank that answers says what came of it."""
-        store.set(f"{_KEY}/report/{self._rank}", _to_json(mine))
+        store.set(f"{_KEY}/report/{self._rank}", to_json(mine))
         num_reports = store.add(f"{_KEY}/count", 1)
         store.set(f"{_KEY}/call", "")
         patience = time.monotonic() + self._grace_s
@@ -212,9 +212,9 @@ class Watchdog:
         if self._rank != next(r for r in ranks if store.check([f"{_KEY}/report/{r}"])):
             store.wait([f"{_KEY}/message"], timedelta(seconds=self._grace_s))
             return store.get(f"{_KEY}/message").decode(), False
-        found = {r: _from_json(store, f"{_KEY}/report/{r}") for r in ranks}
+        found = {r: from_json(store, f"{_KEY}/report/{r}") for r in ranks}
         reports = {r: report for r, report in found.items() if report is not None}
-        silent = {r: _from_json(store, f"{_KEY}/seen/{r}") for r in ranks if r not in reports}
+        silent = {r: from_json(store, f"{_KEY}/seen/{r}") for r in ranks if r not in reports}
         message = explain(reports, silent, self._timeout_s, self._reports)
         store.set(f"{_KEY}/message", message)
         return message, True
@@ -225,7 +225,7 @@ class Watchdog:
         with self._tripping:  # the first to come ends the process
             # should any line below wait for a file system that is gone
             faulthandler.dump_traceback_later(5 * self._grace_s, exit=True)
-            mine = self._sighting(self._now, *_main_thread_place(error))
+            mine = self._sighting(self._now, *main_thread_place(error))
             try:
                 self._write_report(mine, why, error)
             except OSError as problem:  # a full disk
@@ -295,16 +295,19 @@ class Watchdog:
         self._armed = (limit_s, now)
 
     def _open(self) -> TextIO:
-        """The report, opened before it is needed: the timer in C cannot open files."""
-        if self._out is None and self._folder is None:
+        """The report, opened before it is needed: the timer in C cannot open files. Standard error where no file can be written."""
+        if self._out is None and self._folder is not None:
+            try:
+                self._report_path.parent.mkdir(parents=True, exist_ok=True)
+                if self._rank == 0:
+                    self._remove_unused()
+                self._out = self._report_path.open("w")
+                print(f"{self._sighting(self._now)}: a report follows", file=self._out, flush=True)
+            except OSError as problem:
+                print(f"[rank {self._rank}] no report file: {problem}", file=sys.stderr)
+                self._folder, self._out = None, None
+        if self._out is None:
             self._out = open(2, "w", closefd=False)  # noqa: SIM115
-        elif self._out is None:
-            self._report_path.parent.mkdir(parents=True, exist_ok=True)
-            if self._rank == 0:
-                self._remove_unused()
-            self._out = self._report_path.open("w")
-            print(f"{self._sighting(self._now)}: a report follows", file=self._out, flush=True)
-        assert self._out is not None
         return self._out
 
     def _remove_unused(self) -> None:
@@ -319,75 +322,3 @@ class Watchdog:
         host, pid = socket.gethostname(), os.getpid()
         phase = now.phase or ("between phases" if self.step else "setup")
         return Sighting(self._rank, host, pid, self.step, phase, now.passed, where, waits)
-
-
-def explain(
-    reports: dict[int, Sighting],
-    silent: dict[int, Sighting | None],
-    timeout_s: float,
-    files: str,
-) -> str:
-    """Which rank the others waited for, where everyone was, and what to do.
-
-    reports: of the ranks that answered.   silent: the others, as they were last seen.
-    """
-    fewest = min(report.passed for report in reports.values())
-    stuck = {r: s for r, s in reports.items() if s.passed == fewest and not s.waits}
-    if len(stuck) == len(reports) and (silent or len(reports) > 1):
-        stuck = {}  # all are at the same place: that tells nothing
-    blamed = sorted([*silent, *stuck])
-    step = max(report.step for report in reports.values())
-    lines = [
-        f"{f'step {step}: ' if step else ''}{_ranks(blamed) if blamed else 'a rank'} did not answer within "
-        f"parallel.timeout_s = {timeout_s:g}, so the job was ended"
-    ]
-    for rank, seen in [*silent.items()][:NUM_LISTED]:
-        last = f"{seen} left no report; last seen in {seen.place}" if seen else f"rank {rank}"
-        lines.append(f"  {last}: stopped, dead, cut off, or held in native code")
-    lines += [f"  {seen}: {seen.place}, at {seen.where}" for seen in [*stuck.values()][:NUM_LISTED]]
-    others: dict[str, list[int]] = {}
-    for rank, seen in reports.items():
-        if rank not in stuck:
-            others.setdefault(seen.place, []).append(rank)
-    verb = "waiting" if blamed else "waiting for one another, none behind the others"
-    lines += [f"  {verb}: {_ranks(ranks)} in {place}" for place, ranks in others.items()]
-    return "\n".join([*lines, ADVICE.format(files=files)])
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:NUM_LISTED]))
-    more = f" and {len(ranks) - NUM_LISTED} more" if len(ranks) > NUM_LISTED else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
-
-
-def _main_thread_place(error: BaseException | None) -> tuple[str, bool]:
-    """Innermost frame of the main thread (or of its error), the innermost of our own, and whether it waits for other ranks."""
-    if error is not None and error.__traceback__ is not None:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
-    else:
-        innermost = sys._current_frames().get(threading.main_thread().ident or 0)
-        frames = [frame for frame, _ in traceback.walk_stack(innermost)]
-    if not frames:
-        return "an unknown place", False
-    ours = next((f for f in frames if _module(f).split(".")[0] in OUR_PACKAGES), frames[0])
-    where = _place(frames[0])
-    if ours is not frames[0]:
-        where += f", called from {_place(ours)}"
-    return where, error is not None or _module(frames[0]).startswith(WAITING)
-
-
-def _module(frame: FrameType) -> str:
-    return frame.f_globals.get("__name__", "")
-
-
-def _place(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} in {code.co_name}"
-
-
-def _to_json(sighting: Sighting) -> str:
-    return json.dumps(asdict(sighting))
-
-
-def _from_json(store: Store, key: str) -> Sighting | None:
-    return Sighting(**json.loads(store.get(key))) if store.check([key]) else None

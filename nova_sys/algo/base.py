@@ -36,8 +36,9 @@ class Algorithm(Protocol):
     @property
     def needs_reference(self) -> bool: ...
     def loss(self, logp_R: torch.Tensor, pack: DevicePack) -> LossOutput: ...
-    def expected_first_loss(self, means: dict[str, float]) -> float | None:
-        """What the first step's loss must be, given that step's metrics; None when nobody can know."""
+    def first_step_problem(self, means: dict[str, float], *, precision: str) -> str | None:
+        """What in the first step's metrics shows that policy and reference are not the same weights; None: nothing, or there is no
+        reference. precision: fp32 or bf16, in which the model runs."""
         ...
 
 

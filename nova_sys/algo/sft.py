@@ -22,5 +22,5 @@ class SFT:
         count = torch.full((), logp_R.numel(), dtype=torch.int, device=logp_R.device)
         return LossOutput(nll, count, nll.detach()[None])
 
-    def expected_first_loss(self, means: dict[str, float]) -> None:
+    def first_step_problem(self, means: dict[str, float], *, precision: str) -> None:
         return None

@@ -42,7 +42,8 @@ NOT_COMPARED = {
     "data_wait_ms",
 }
 NOT_COMPARED |= {"peak_gib", "mfu", "fill", "epoch"}
-REWARDS = ("margin", "chosen_reward", "rejected_reward")
+FLOORS = {"margin": 0.1, "chosen_reward": 0.1, "rejected_reward": 0.1, "drift": 1.0}
+"""What starts at 0, where only its rounding would be compared, is compared with at least so much."""
 NUM_PAIRS = 64
 
 
@@ -158,8 +159,7 @@ def differences(got: dict[str, Any], truth: dict[str, Any]) -> dict[str, float |
         found = [0.0]
         for ours, theirs in zip(got["records"], truth["records"], strict=True):
             for key in keys:
-                # rewards start at 0, where only their rounding would be compared
-                scale = max(abs(theirs[key]), 0.1 if key in REWARDS else 1e-30)
+                scale = max(abs(theirs[key]), FLOORS.get(key, 1e-30))
                 found.append(abs(ours[key] - theirs[key]) / scale)
         return max(found)
 

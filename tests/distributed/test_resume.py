@@ -41,11 +41,13 @@ TP2_PP2 = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": Tr
 TIMES = {"tokens_per_s", "tokens_per_s_per_gpu", "pairs_per_s", "step_time_s", "data_wait_ms"}
 TIMES |= {"mfu", "peak_gib"}
 Part = tuple[str, dict[str, Any], int]
-"""Run folder, settings, and the number of steps after which a signal comes (0: none does)."""
+"""Run folder, settings, and the number of steps after which a signal comes (0: none does; `EPOCH`: the last steps of the first)."""
+EPOCH = -1
 
 
 def train_parts(rank: int, folder: str, parts: list[Part]) -> None:
-    """`run_ranks` worker: each part as a process of its own would train it. The signal comes to the last rank, within a step."""
+    """`run_ranks` worker: trains each part from its start to its end, one after the other in the same processes, with everything built
+    anew. The signal comes to the last rank, within a step."""
     from nova_sys.config_io import load_recipe
     from nova_sys.parallel import parallel_run
     from nova_sys.stopping import stop_signals
@@ -58,6 +60,8 @@ def train_parts(rank: int, folder: str, parts: list[Part]) -> None:
         with stop_signals() as stop, parallel_run(config.parallel, seed=1) as parallel:
             trainer = Trainer(config, parallel, stop)
             one_step = trainer._one_step
+            if stop_after == EPOCH:
+                stop_after = trainer.loader.packs_per_epoch // config.train.global_batch_packs
 
             def step_with_signal(
                 step: int, *, after: int = stop_after, work: Any = one_step
@@ -98,6 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (4, [("pp", pp, 0), ("pp-pp", pp, 3), ("pp-pp", pp, 0), ("pp-one", pp, 3)]),
         (4, [("dp2-dp4", same, 0)]),
         (1, [("one", same, 0), ("one-one", same, 3), ("one-one", often, 7), ("one-one", same, 0)]),
+        (1, [("one-edges", same, 1), ("one-edges", same, EPOCH), ("one-edges", same, 0)]),
         (1, [("mixed", online, 3), ("mixed", same, 7), ("mixed", online, 0), ("pp-one", same, 0)]),
     ]
     for num_ranks in (2, 4, 1):
@@ -121,10 +126,11 @@ def tensors(run: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("stopped", "whole"), [("one-one", "one"), ("dp2-dp2", "dp2"), ("pp-pp", "pp")]
+    ("stopped", "whole"),
+    [("one-one", "one"), ("one-edges", "one"), ("dp2-dp2", "dp2"), ("pp-pp", "pp")],
 )
 def test_same_layout_bit_for_bit(folder: Path, stopped: str, whole: str) -> None:
-    """In the middle of the first epoch, and (on one rank) again in the second."""
+    """In the middle of the first epoch, and (on one rank) again in the second; after the first step, and again at the epoch's end."""
     ours, theirs = rows(folder / stopped), rows(folder / whole)
     assert [row["step"] for row in theirs] == [*range(1, 11)]
     assert theirs[3]["epoch"] < 1 < theirs[6]["epoch"]

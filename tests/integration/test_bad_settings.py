@@ -1,11 +1,10 @@
-"""Bad recipes, settings and layouts; checkpoints, caches and stores of something else; bad arguments of `evaluate` and `generate`."""
+"""Bad recipes, settings and layouts; checkpoints, caches and stores of something else."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -203,8 +202,6 @@ def test_tokenizer_of_other_weights(trained: Run, refuses: Refuses) -> None:
     )
     settings = (f"run.dir={trained.folder}/new", f"data.tokenizer={other}")
     refuses(*trained.train(f"model.init_from={trained.dir}", *settings), says=says)
-    evaluate = ("evaluate", trained.dir, "--data", trained.data)
-    refuses(*evaluate, "--set", f"data.tokenizer={other}", says=says)
 
 
 def start_over(run: Run) -> tuple[Path, Path]:
@@ -289,58 +286,41 @@ def test_reference_cache_of_another_run_is_computed_again(trained: Run, nova: An
     assert np.load(cache)["logp"].tobytes() == right.tobytes()
 
 
-# -- evaluate and generate ----------------------------------------------------------------------------------------------
+def test_data_that_was_tokenised_before_is_reported_again(trained: Run, nova: Any) -> None:
+    """What was left out of it is told by every run, not only by the one that built the store."""
+    lines = trained.data.read_text() + '{"prompt": "Q", "chosen": "a", "rejected": "a"}\n'
+    trained.data.write_text(lines)
+    arguments = [f"run.dir={trained.folder}/new", f"data.cache_dir={trained.folder}/cache"]
+    for before in ("data: ", "data (tokenised before): "):
+        code, _, err = nova(*trained.train(*arguments, "train.steps=1"))
+        assert code == 0, err
+        assert f"{before}25 records -> 24 documents" in err and "1 identical_answers" in err
+        shutil.rmtree(trained.folder / "new")
+        arguments.append(f"data.tokenizer={trained.dir}/tokenizer") if not arguments[2:] else None
+
 
 # fmt: off
-EVALUATE: dict[str, tuple[str, Says]] = {
-    "no checkpoint": ("/nowhere --data FOLDER/pairs.jsonl", ("/nowhere is not a checkpoint", "no run folder with one", "give a folder like")),
-    "no pairs": ("RUN --data FOLDER/pears.jsonl", ("pears.jsonl': no such file", "data files must exist", "Did you mean FOLDER/pairs.jsonl?")),
-    "no JSON": ("RUN --data FOLDER/recipe.toml", ("recipe.toml:1: not valid JSON", "each line must be one JSON object", "Correct or remove the line")),
-    "no reference": ("RUN --data FOLDER/pairs.jsonl --reference FOLDER", ("FOLDER is not a checkpoint", "no run folder with one", "give a folder like")),
-    "reference of another vocabulary": ("RUN --data FOLDER/pairs.jsonl --reference FOLDER/other", ("the tokenizer of the pairs is not the one", "an id must keep its meaning", "Leave data.tokenizer out")),
-    "no place for the output": ("RUN --data FOLDER/pairs.jsonl --per-pair /nowhere/out.jsonl", ("--per-pair /nowhere/out.jsonl", "cannot be written", "name a file in a folder that exists")),
-    "ids without a file": ("RUN --data FOLDER/pairs.jsonl --with-ids", ("--with-ids", "adds to the lines of --per-pair", "give --per-pair OUT.jsonl too")),
-    "layout": ("RUN --data FOLDER/pairs.jsonl --set parallel.tensor=3", ("parallel.tensor = 3", "must divide model.num_heads = 4", "choose one of 1, 2")),
-    "key": ("RUN --data FOLDER/pairs.jsonl --set algo.bta=1", ("algo.bta = 1", "unknown key", "did you mean algo.beta?")),
-}
-GENERATE: dict[str, tuple[str, Says]] = {
-    "no checkpoint": ("/nowhere Q", ("/nowhere is not a checkpoint", "no run folder with one", "give a folder like")),
-    "empty prompt": ("RUN ''", ("prompt 1 is empty", "a prompt has some text", "Fill it or leave it out")),
-    "prompt too long": ("RUN --file FOLDER/long.txt --max-new-tokens 8", ("long.txt:2 has ", "must be at most data.pack_length = 128", "shorten it")),
-    "no such file": ("RUN --file FOLDER/absent.txt", ("absent.txt: cannot be read", "prompts are a text file or JSON lines", "Check the path")),
-    "empty file": ("RUN --file FOLDER/empty.txt", ("empty.txt: no prompts in it", "one per line", "or JSON lines")),
-    "binary file": ("RUN --file FOLDER/binary.txt", ("binary.txt:1: byte 0xff is not UTF-8 text", "prompts are a text file or JSON lines", "Convert the file")),
-    "no tokens": ("RUN Q --max-new-tokens 0", ("max_new_tokens", "must be 1 or more", "0")),
-    "negative temperature": ("RUN Q --temperature -1", ("temperature", "must be 0 (greedy) or more", "-1")),
-    "no place for the output": ("RUN Q --out /nowhere/out.jsonl", ("--out /nowhere/out.jsonl", "cannot be written", "name a file in a folder that exists")),
-    "kernels": ("RUN Q --set train.precision=fp8", ('train.precision = "fp8"', "needs a Hopper GPU", 'set it to "bf16" or "auto"')),
-}
+LEFT_BY_ANOTHER: dict[str, str] = {"a list": "[1]", "nested too deep": "[" * 100_000, "cut": '{"a": 1', "text": "null"}
 # fmt: on
 
 
-@pytest.fixture(scope="module")
-def other_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished weights whose tokenizer gives other ids."""
-    from nova_sys.train import main
-
-    made = small_run.SmallRun(tmp_path_factory.mktemp("other")).create()
-    made.data.write_text(made.data.read_text().replace("yes", "perhaps").replace("no", "never"))
-    main([str(made.recipe), "--set", "train.steps=1"])
-    return made.dir
-
-
-@pytest.mark.parametrize("name", EVALUATE)
-def test_evaluate(name: str, trained: Run, refuses: Refuses, other_vocabulary: Path) -> None:
-    shutil.copytree(other_vocabulary, trained.folder / "other")
-    words, says = EVALUATE[name]
-    arguments = shlex.split(words)
-    refuses("evaluate", *(trained.at(word) for word in arguments), says=says)
+@pytest.mark.parametrize("name", LEFT_BY_ANOTHER)
+def test_unreadable_run_file(name: str, trained: Run, refuses: Refuses) -> None:
+    shutil.rmtree(trained.dir / "checkpoints")
+    (trained.dir / "run.json").write_text(LEFT_BY_ANOTHER[name])
+    says = (
+        "holds metrics of a run, but not which one (run.json: ",
+        "run.dir=",
+        "choose another run.dir",
+    )
+    refuses(*trained.train(), says=says)
 
 
-@pytest.mark.parametrize("name", GENERATE)
-def test_generate(name: str, trained: Run, refuses: Refuses) -> None:
-    trained.write("long.txt", "Q\n" + "Q " * 200)
-    trained.write("empty.txt", "")
-    trained.write("binary.txt", b"\xff\xfe\x00")
-    words, says = GENERATE[name]
-    refuses("generate", *(trained.at(word) for word in shlex.split(words)), says=says)
+def test_a_first_step_that_cannot_be_right_is_told(trained: Run, nova: Any) -> None:
+    """A red line and exit code 2, as for a mistake: it is one of a few that the message names."""
+    _, cache = start_over(trained)
+    arrays = dict(np.load(cache))
+    np.savez(cache, name=arrays["name"], logp=arrays["logp"][::-1])
+    code, _, err = nova(*trained.train())
+    assert code == 2 and "Traceback" not in err
+    assert "error: " in err and "Policy and reference should be equal at step 0" in err

@@ -28,7 +28,9 @@ from nova_sys.config import (
     RunSection,
     TrainConfig,
 )
+from nova_sys.errors import ToldStop, is_user_error
 from nova_sys.evaluate import Estimate, evaluate_pairs, summary_text
+from nova_sys.outputs import whole_file
 from nova_sys.parallel import parallel_run
 
 ROOT = Path(__file__).parents[2]
@@ -122,12 +124,13 @@ def assert_same_rows(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
 def test_values_are_those_of_one_sequence_at_a_time(dpo: Path, one_rank: list[dict]) -> None:
     """Every answer behind its own copy of the prompt, alone in a batch, through plain log_softmax of the logits."""
     from nova_kernels.segments import segment_index
-    from nova_sys.inference import checkpoint_config, load_model
+    from nova_sys.inference import load_model
     from nova_sys.model.attention import PackLayout
+    from nova_sys.saved_config import checkpoint_config
 
     folder, config = checkpoint_config(dpo, ['algo.name="dpo"'])
     with parallel_run(config.parallel, seed=1) as parallel:
-        (model,) = load_model(folder, config, parallel).chunks
+        (model,) = load_model(folder, config, parallel)
         for row in one_rank:
             for name in ("chosen", "rejected"):
                 answer = row[f"{name}_ids"]
@@ -241,15 +244,21 @@ def test_reference_gives_margins_and_columns(
     nll = -sum(r["chosen_logp"] for r in rows) / sum(r["chosen_tokens"] for r in rows)
     assert result.chosen_nll.mean == pytest.approx(nll, rel=1e-12)
     assert result.rejected_nll.low < result.rejected_nll.mean < result.rejected_nll.high
-    assert "sigmoid, beta 0.5, against SFT" in summary_text(result, "SFT")
+    text = summary_text(result, "SFT")
+    assert "sigmoid, beta 0.5, against SFT" in text and "over all tokens of these answers" in text
     sft_rows = tmp_path / "sft.jsonl"
     evaluate_pairs(sft, pairs, per_pair=sft_rows)
     for row, of_sft in zip(rows, rows_of(sft_rows), strict=True):
         assert row["ref_chosen_logp"] == pytest.approx(of_sft["chosen_logp"], abs=NATS)
 
 
-def test_against_itself_every_pair_is_a_tie(dpo: Path, pairs: Path) -> None:
-    result = evaluate_pairs(dpo, pairs, dpo)
+def test_against_itself_every_pair_is_a_tie(
+    dpo: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluate, "TELL_EVERY_S", -1.0)
+    with caplog.at_level("INFO", "nova_sys"):
+        result = evaluate_pairs(dpo, pairs, dpo)
+    assert sum("evaluate: 100% of the answers by" in text for text in caplog.messages) == 2
     assert result.margin == Estimate(0.0, 0.0, 0.0)
     assert result.reward_accuracy.mean == 0.5
 
@@ -292,8 +301,9 @@ def test_a_log_prob_that_is_not_finite_is_told(
 
     monkeypatch.setattr(evaluate, "compute_logps", with_nan)
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError, match=r"1 of 82 answers.*pairs\.jsonl:5;"):
+    with pytest.raises(ToldStop, match=r"1 of 82 answers.*pairs\.jsonl:5;") as told:
         evaluate_pairs(dpo, pairs, per_pair=out)
+    assert is_user_error(told.value)  # in red, without a traceback
     assert not out.exists()
 
 
@@ -302,13 +312,41 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     out.write_text("old\n")
 
     def rows(error: BaseException):
-        yield {"chosen_logp": -1.0}
+        yield "a row\n"
         raise error
 
     for error, seen in ((OSError(28, "No space left"), ValueError), (KeyboardInterrupt(),) * 2):
-        with pytest.raises(seen if isinstance(seen, type) else KeyboardInterrupt):
-            evaluate._write_rows(out, rows(error))
+        expected = pytest.raises(seen if isinstance(seen, type) else KeyboardInterrupt)
+        with expected, whole_file("--per-pair", out) as stream:
+            stream.writelines(rows(error))
         assert out.read_text() == "old\n" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_template_file_is_the_checkpoints_own(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by a relative path, edited after the run, and gone: the numbers stay those of the text that was trained on."""
+    text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    text += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.chdir(tmp_path)
+    Path("t.jinja").write_text(text)
+    data = replace(config.data, template="t.jinja")
+    run = train(tmp_path / "run", replace(config, data=data))
+    (folder,) = (run / "checkpoints").iterdir()
+    assert (folder / "template.jinja").read_text() == text
+    evaluate_pairs(run, config.data.train, per_pair=Path("before.jsonl"), with_ids=True)
+    other = text.replace("}}>", "}}> says").replace("<assistant>", "<assistant> says")
+    Path("t.jinja").write_text(other)
+    evaluate_pairs(run, config.data.train, per_pair=Path("edited.jsonl"), with_ids=True)
+    Path("t.jinja").rename("other.jinja")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    evaluate_pairs(run, config.data.train, per_pair=Path("../gone.jsonl"), with_ids=True)
+    asked = ["data.template=../other.jinja"]
+    evaluate_pairs(run, config.data.train, per_pair=Path("../asked.jsonl"), overrides=asked)
+    rows = {path.stem: rows_of(path) for path in tmp_path.glob("*.jsonl")}
+    assert rows["before"] == rows["edited"] == rows["gone"]
+    assert rows["asked"][0]["chosen_logp"] != rows["before"][0]["chosen_logp"]
 
 
 def test_intervals() -> None:

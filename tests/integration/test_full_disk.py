@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,13 @@ def test_no_room_for_the_next_checkpoint(
 
 @pytest.mark.parametrize(
     ("nproc", "asynchronous", "fault"),
-    [(1, False, "quota"), (2, True, "quota"), (1, True, "race"), (2, False, "race")],
+    [
+        (1, False, "quota"),
+        (2, True, "quota"),
+        (1, True, "race"),
+        (2, False, "race"),
+        (2, True, "fork"),
+    ],
 )
 def test_a_write_that_fails(
     make_run: Callable[..., Any],
@@ -89,7 +96,8 @@ def test_a_write_that_fails(
     asynchronous: bool,
     fault: str,
 ) -> None:
-    """What no look at the disk foretells, a quota or somebody else's files: the writers fail in the middle of theirs."""
+    """What no look at the disk foretells, a quota or somebody else's files: the writers fail in the middle of theirs. Or one
+    rank cannot start its own."""
     small_disk.mount(100 << 20)
     run = make_run(checkpoint__asynchronous=asynchronous, train__steps=4)
     move(run, small_disk)
@@ -99,6 +107,12 @@ def test_a_write_that_fails(
         most = 100_000 // nproc**2  # bytes of a file: the second is used up before the save begins
         run.first = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most},) * 2)"
         problem = "File too large"
+    elif fault == "fork":
+        run.first = (
+            "import os\ndef fork(): raise OSError(12, 'Cannot allocate memory')\n"
+            "if os.environ['RANK'] == '1': os.fork = fork"
+        )
+        problem = "Cannot allocate memory"
     else:
         run.first = (
             "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, 10**15)"
@@ -126,12 +140,17 @@ def test_no_room_for_metrics(
     small_disk.mount(20 << 20)
     run = make_run(log__tensorboard=True)
     move(run, small_disk)
+    run.settings["checkpoint.every_steps"] = 0  # no save is in the way
     run.start()
     run.until(lambda: len(run.rows()) >= 5)
     filler = small_disk.fill()
     assert run.wait() == 2, run.text
     assert "Traceback" not in run.text
-    assert re.search(r"(the metrics cannot be written into|could not be saved)", run.text), run.text
+    found = re.search(
+        r"step (\d+): the metrics cannot be written into (\S+) \(No space left", run.text
+    )
+    assert found and found[2] == str(run.folder), run.text
+    assert "could not be saved" not in run.text and not run.checkpoints()
     filler.unlink()
     run.finish()
     run.assert_same_as(undisturbed(1))
@@ -147,3 +166,34 @@ def test_a_folder_that_cannot_be_written_to(
     assert run.wait() == 2, run.text
     assert f"run.dir={run.folder} cannot be written to (Read-only file system)" in run.text
     assert shutil.disk_usage(small_disk.folder).used == 0
+
+
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_writer_that_gets_nothing_written(
+    make_run: Callable[..., Any], asynchronous: bool
+) -> None:
+    """It is named, and the job ends: waiting for it would never end."""
+    run = make_run(
+        checkpoint__asynchronous=asynchronous,
+        checkpoint__every_steps=4,
+        parallel__timeout_s=5,
+        train__steps=100_000,
+    )
+    run.first = (
+        "import os, signal; from nova_sys.shards import PlannedShards; write = PlannedShards.write\n"
+        "def stopped(self):\n"
+        "    if os.environ['RANK'] == '1' and 'step_00000008' in str(self._folder):\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return write(self)\n"
+        "PlannedShards.write = stopped"
+    )
+    run.start(2)
+    assert run.wait() == 3, run.text
+    assert all(process.poll() == 3 for process in run.processes)
+    text = " ".join(run.text.split())
+    assert re.search(rf"the checkpoint {run.folder}/checkpoints/\.step_00000008\S* could not be saved: the writing process of rank 1 \(host \S+, pid \d+\) has written nothing for parallel.timeout_s = 5", text), text  # fmt: skip
+    began = time.monotonic()
+    while left := run.alive():
+        assert time.monotonic() - began < 30, left
+        time.sleep(0.05)
+    assert [path.name for path in run.checkpoints()] == ["step_00000004"]

@@ -98,7 +98,7 @@ def test_text_and_json_lines(nova: Callable, run_dir: Path, data: Path, tmp_path
     for ours, theirs in zip(lines_of(out), found, strict=True):
         assert ours.pop("logp") == pytest.approx(theirs.pop("logp"), rel=1e-5)
         assert ours == theirs
-    code, out, _ = nova("generate", run_dir, "ab to cde", "--max-new-tokens", 8)
+    code, out, _ = nova("generate", run_dir, "ab to cde", "--max-new-tokens", 8, "--text")
     assert (code, out) == (0, f"ab to cde{found[0]['completion']}\n")
     code, out, _ = nova("generate", run_dir, "ab", "--chat", "--json", "--max-new-tokens", 2)
     assert code == 0 and lines_of(out)[0]["prompt"] == [{"role": "user", "content": "ab"}]
@@ -181,7 +181,14 @@ def test_a_refused_prompt_leaves_the_old_file(
     nova: Callable, run_dir: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "out.jsonl"
-    file.write_text("earlier results\n")
-    code, _, err = nova("generate", run_dir, "ab " * 40, "--out", file)
-    assert code == 2 and "--set data.pack_length=" in err
-    assert file.read_text() == "earlier results\n"
+    for text in ("earlier results\n", None):  # None: there is no such file, and there will be none
+        file.unlink() if text is None else file.write_text(text)
+        code, _, err = nova("generate", run_dir, "ab " * 40, "--out", file)
+        assert code == 2 and "--set data.pack_length=" in err
+        assert [path.read_text() for path in tmp_path.iterdir()] == ([text] if text else [])
+
+
+def test_an_output_that_cannot_be_finished_is_told(nova: Callable, run_dir: Path) -> None:
+    code, _, err = nova("generate", run_dir, "ab", "--max-new-tokens", 2, "--out", "/dev/full")
+    assert code == 2 and "--out /dev/full: cannot be written (No space left" in err
+    assert "Traceback" not in err and not Path("/dev/full").is_file()

@@ -35,6 +35,7 @@ FAULTS = '''
 import ctypes
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -45,6 +46,10 @@ def endless():
 
 def stopped():
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def slow():
+    time.sleep(25)
 
 
 def held():
@@ -58,7 +63,8 @@ def undefined():
 
 
 def install(module, name, method, call, fault):
-    owner, calls = getattr(__import__(module, fromlist=["_"]), name), [0]
+    owner, calls = __import__(module, fromlist=["_"]), [0]
+    owner = getattr(owner, name) if name else owner
     original = getattr(owner, method)
 
     def replaced(*args, **options):
@@ -71,12 +77,17 @@ def install(module, name, method, call, fault):
 
 
 PLACES = {
+    "prepare": ("nova_sys.trainer", "", "prepare_data"),
     "data": ("nova_sys.data.loader", "PackLoader", "next"),
     "forward": ("nova_sys.data.batch", "Pack", "to"),
     "loss": ("nova_sys.algo.dpo", "DPO", "loss"),
     "save": ("nova_sys.checkpoint", "Checkpointer", "save"),
 }
 rank = os.environ.get("RANK")
+if rank is not None and "FIRST_STEP_S" in os.environ:
+    import nova_sys.watchdog
+
+    nova_sys.watchdog.FIRST_STEP_S = float(os.environ["FIRST_STEP_S"])
 for entry in os.environ["FAULTS"].split() if rank is not None else []:
     at_rank, place, call, fault = entry.split(":")
     if at_rank == rank:
@@ -230,12 +241,36 @@ def test_a_rank_held_in_native_code(tmp_path: Path, pairs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_first_step_may_take_longer_than_the_timeout(tmp_path: Path, pairs: Path) -> None:
+    """On one rank, while the others wait for it in a collective."""
+    changes = {"parallel__timeout_s": 7, "train__steps": 6, "checkpoint__every_steps": 0}
+    done = run_with_faults(tmp_path, pairs, "1:loss:1:slow", nova(2), **changes)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "hangs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_while_data_are_prepared(tmp_path: Path, pairs: Path, rank: int) -> None:
+    """However long that may take, a rank shows that it lives."""
+    done = run_with_faults(tmp_path, pairs, f"{rank}:prepare:1:stopped", nova(2))
+    assert done.returncode == 3, done.stderr
+    assert f"rank {rank} did not answer within" in done.stderr
+    found = reports(tmp_path)
+    assert sorted(found) == [1 - rank]
+    assert f"rank {rank} has given no sign of life" in found[1 - rank]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["endless", "stopped"])
-def test_a_rank_lost_in_a_save(tmp_path: Path, pairs: Path, fault: str) -> None:
-    """A save may take as long as it needs; the others find out by the timeout of their collective."""
+def test_a_rank_lost_in_a_save(
+    tmp_path: Path, pairs: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save may take long, but a stopped process shows; a loop without end shows by the timeout of the others' collective."""
+    monkeypatch.setenv("FIRST_STEP_S", "20")
     done = run_with_faults(tmp_path, pairs, f"1:save:1:{fault}", nova(2))
     assert done.returncode == 3, done.stderr
     assert "rank 1 did not answer within" in done.stderr
     found = reports(tmp_path)
     assert sorted(found) == ([0, 1] if fault == "endless" else [0])
-    assert "imed out" in found[0]
+    assert ("imed out" if fault == "endless" else "no sign of life") in found[0]

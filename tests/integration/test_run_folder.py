@@ -18,6 +18,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from nova_sys.checkpoint_files import file_sizes, refuse_damaged, refuse_harmful
+from nova_sys.config_io import load_recipe
+from nova_sys.start import find_start
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "dpo_hh_small.toml"
 
 # -- one run at a time, and no other in its place --------------------------------------------------------------------
 
@@ -61,6 +65,40 @@ def test_another_run_does_not_take_the_place_of_one_without_a_checkpoint(
     run.settings = same | {"train.steps": 4}
     run.finish()
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+
+
+def test_settings_that_may_not_change_and_those_that_may(
+    undisturbed: Callable[[int], Any], two_checkpoints: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only what differs is told, also of a table of many settings."""
+
+    def find(**changes: Any) -> str:
+        settings = {**undisturbed(1).settings, "run.dir": str(two_checkpoints)}
+        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        config = load_recipe(RECIPE, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+        caplog.clear()
+        try:
+            assert find_start(config).resume_from
+        except ValueError as error:
+            return str(error)
+        return caplog.text
+
+    assert find() == ""
+    for key, there, here, value in (
+        ("parallel.distributed_optimizer", True, False, False),
+        ("train.precision", "float32", "bfloat16", "bf16"),
+        ("algo.beta", 0.1, 0.2, 0.2),
+    ):
+        told = find(**{key.replace(".", "__"): value})
+        assert f"holds another run ({key}: {there} there, {here} here); choose another" in told
+    told = find(optimizer__lr=5e-4, train__steps=30)
+    assert "(optimizer.lr: 0.001 before, 0.0005 now; train.steps: 24 before, 30 now)" in told
+    description = two_checkpoints / "checkpoints" / "step_00000024" / "nova.json"
+    fields = json.loads(description.read_text())
+    fields["run"]["parallel.distributed_optimizer"] = False
+    description.write_text(json.dumps(fields))
+    told = find()
+    assert "(parallel.distributed_optimizer: False there, True here)" in told
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
@@ -107,6 +145,22 @@ def test_a_run_does_not_fall_back_from_a_damaged_checkpoint(
     run.finish()
     assert "step 23 is done" in run.text
     run.assert_same_as(undisturbed(1))
+
+
+def test_a_checkpoint_without_a_tensor_is_not_called_damaged(
+    make_run: Callable[..., Any], two_checkpoints: Path
+) -> None:
+    run = make_run()
+    run.folder = two_checkpoints
+    newest = run.checkpoints()[-1]
+    edit_metadata(newest, lambda m: m.state_dict_metadata.pop("output_layer.weight"))
+    description = json.loads((newest / "nova.json").read_text())
+    description["files"] = {k: v for k, v in file_sizes(newest).items() if k != "nova.json"}
+    (newest / "nova.json").write_text(json.dumps(description))
+    run.start()
+    assert run.wait() == 2, run.text
+    assert "is no checkpoint of such a run, though nothing of it is damaged" in run.text
+    assert "output_layer.weight" in run.text and "Restore" not in run.text
 
 
 def test_damage_that_leaves_the_size_ends_with_a_word(

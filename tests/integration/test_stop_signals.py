@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,29 @@ def test_all_ranks_stop_after_the_same_step(make_run: Callable[..., Any]) -> Non
     whole = make_run(parallel__tensor=2, checkpoint__every_steps=0)
     whole.finish(2)
     run.assert_same_as(whole)
+
+
+def test_a_signal_when_only_some_ranks_have_started(make_run: Callable[..., Any]) -> None:
+    """Rank 1 waits for rank 0 to come to the first step: both end alike, none is left to train alone."""
+    run = make_run()
+    run.first = (
+        "import os, time; from nova_sys.trainer import Trainer; train = Trainer.train\n"
+        "def late(self):\n"
+        "    print('rank', os.environ['RANK'], 'is built', flush=True)\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        time.sleep(60)\n"
+        "    train(self)\n"
+        "Trainer.train = late"
+    )
+    run.start(2)
+    run.until(lambda: run.log.exists() and run.text.count("is built") == 2)
+    time.sleep(0.5)
+    for process in (run.processes[1], run.processes[0]):
+        os.kill(process.pid, signal.SIGTERM)
+    run.until(lambda: run.is_over)
+    assert [process.poll() for process in run.processes] == [128 + signal.SIGTERM] * 2, run.text
+    assert "Traceback" not in run.text, run.text
+    assert not run.checkpoints() and not run.rows()
 
 
 def test_torchrun_passes_the_signal_on(make_run: Callable[..., Any]) -> None:

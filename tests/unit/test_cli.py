@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nova_sys import cli
+from nova_sys import cli, saved_config
 from nova_sys.config_io import TYPES
 
 COMMANDS = ["train", "prepare", "evaluate", "generate", "keys", "demo"]
@@ -134,17 +136,28 @@ def test_dry_run_prints_the_plan_for_that_many_processes(nova, recipe, launched,
     assert (code, out, launched) == (0, "3 steps on 4\n", [])
 
 
-def test_evaluate_hands_on_its_arguments(nova, launched):
+@pytest.fixture
+def checked(monkeypatch):
+    """Catches what would be checked of a checkpoint that is not there."""
+    calls = []
+    monkeypatch.setattr(saved_config, "config_for", lambda *call: calls.append(call))
+    return calls
+
+
+def test_evaluate_hands_on_its_arguments(nova, launched, checked):
     arguments = ["--data", "a.jsonl", "--data", "b.jsonl", "--reference", "sft"]
     outputs = ["--per-pair", "out.jsonl", "--with-ids", "--set", "algo.beta=0.2"]
     code, _, _ = nova("evaluate", "runs/x", *arguments, *outputs, "--nproc", 2)
     assert code == 5
     assert launched == [("nova_sys.evaluate", ["runs/x", *arguments, *outputs], 2)]
+    assert [(str(folder), rest[:2]) for _, folder, *rest in checked] == [
+        (folder, [["algo.beta=0.2"], 2]) for folder in ("runs/x", "sft")
+    ]
     code, _, err = nova("evaluate", "runs/x", "--data", "a.jsonl", "--with-ids")
     assert code == 2 and "give --per-pair OUT.jsonl too" in err
 
 
-def test_generate_hands_on_its_arguments(nova, launched):
+def test_generate_hands_on_its_arguments(nova, launched, checked):
     options = ["--max-new-tokens", 8, "--temperature", 0.5, "--top-p", 0.9, "--seed", 3]
     options += ["--num-samples", 2, "--chat", "--batch-tokens", 99, "--json", "--with-ids"]
     options += ["--file", "p.txt", "--nproc", 2]
@@ -154,8 +167,22 @@ def test_generate_hands_on_its_arguments(nova, launched):
     expected += ["--top-p=0.9", "--seed=3", "--num-samples=2", "--batch-tokens=99"]
     expected += ["--chat", "--json", "--with-ids", "--file=p.txt"]
     assert launched == [("nova_sys.generate", ["runs/x", *expected], 2)]
-    code, _, err = nova("generate", "runs/x", "a", "--with-ids")
+    assert checked == [(saved_config.GENERATE, Path("runs/x"), [], 2)]
+    code, _, err = nova("generate", "runs/x", "a", "--with-ids", "--text")
     assert code == 2 and "give --json or --out" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "terminal", "json_lines"),
+    [([], True, False), ([], False, True), (["--text"], False, False), (["--json"], True, True)]
+    + [(["--out", "o"], terminal, False) for terminal in (True, False)],
+)
+def test_generate_prints_text_on_a_terminal_and_json_lines_elsewhere(
+    nova, launched, monkeypatch, options, terminal, json_lines
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert nova("generate", "runs/x", "a", *options)[0] == 5
+    assert ("--json" in launched[0][1]) == json_lines
 
 
 def test_generate_reads_standard_input(nova, monkeypatch):
@@ -163,8 +190,8 @@ def test_generate_reads_standard_input(nova, monkeypatch):
     seen = []
 
     def launch(_, argv: list[str], __: int) -> int:
-        (flag,) = (part for part in argv if part.startswith("--file="))
-        seen.append(Path(flag.removeprefix("--file=")).read_text())
+        (flag,) = (part for part in argv if part.startswith("--stdin-file="))
+        seen.append(Path(flag.removeprefix("--stdin-file=")).read_text())
         return 0
 
     def typed(data: str, *, terminal: bool) -> types.SimpleNamespace:
@@ -195,3 +222,27 @@ def test_keys_lists_every_key_once(nova):
 def test_wrong_usage_exits_with_2(nova, argv):
     code, _, err = nova(*argv)
     assert code == 2 and "Usage" in err
+
+
+SAYS = """
+from nova_sys.errors import exit_on_user_error
+from nova_sys.outputs import say
+with exit_on_user_error():
+    for _ in range(3):
+        say("a line")
+"""
+
+
+def test_a_full_disk_and_a_closed_pipe():
+    """A message and no traceback; without a word, as other commands end when nobody reads on."""
+    command = [sys.executable, "-c", SAYS]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: standard output cannot be written (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -3,7 +3,7 @@
     pytest tests/unit/test_fuzz_readers.py                                   a few seconds per reader, the same examples every time
     NOVA_FUZZ_SECONDS=600 pytest -m slow tests/unit/test_fuzz_readers.py     other examples, as long as one likes (default: a minute)
 
-Tokenizers are parsed by native code, which could take the process with it: they are read in a process of their own, `Reader`.
+Tokenizers are parsed by native code, which could take the process with it: they are read in a process of their own, by tokenizer_reader.py.
 """
 
 from __future__ import annotations
@@ -12,40 +12,60 @@ import gzip
 import importlib.util
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemWriter
 
-from nova_sys.config_io import check, load_recipe
+from nova_sys.checkpoint_files import (
+    COMMON,
+    DESCRIPTION,
+    METADATA,
+    Description,
+    describe_model,
+    file_sizes,
+    read_description,
+    refuse_harmful,
+)
+from nova_sys.config import ModelConfig, RunConfig
+from nova_sys.config_io import check, load_recipe, to_toml
 from nova_sys.data.chat import BUILT_IN, ChatTemplate
 from nova_sys.data.formats import parse_record, read_objects
+from nova_sys.data.prompts import read_prompts
 from nova_sys.data.records import DialogueRecord, UnusableRecord
 from nova_sys.data.store import StoreSpec, build_store
 from nova_sys.data.token_store import ARRAYS, TokenStore
-from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
+from nova_sys.data.tokenizer import Tokenizer
 from nova_sys.data.tokenizer_training import train_sentencepiece
 from nova_sys.errors import is_user_error
+from nova_sys.start import RUN_FILE, _left_by
 
-spec = importlib.util.spec_from_file_location("mutations", Path(__file__).with_name("mutations.py"))
-assert spec is not None and spec.loader is not None
-mutations = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(mutations)
+
+def beside(name: str) -> Any:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutations, tokenizer_reader = beside("mutations"), beside("tokenizer_reader")
 RECORDS, BRACKETS, RECIPE = mutations.RECORDS, mutations.BRACKETS, mutations.RECIPE
 data_file, mutated, mutate_bytes = mutations.data_file, mutations.mutated, mutations.mutate_bytes
 mutate_json = mutations.mutate_json
@@ -108,7 +128,22 @@ class Workplace:
         self.store_files = {path.name: path.read_bytes() for path in self.store.iterdir()}
         opened = TokenStore.open(self.store)
         self.arrays = {name: np.array(getattr(opened, name)) for name in ARRAYS}
-        self.reader = Reader()
+        self.checkpoint = checkpoint_in(folder / "run" / "checkpoints" / "step_1")
+        self.reader = tokenizer_reader.Reader()
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """With the small files of a real one."""
+    torch.distributed.checkpoint.save(
+        {"w": torch.ones(3)}, storage_writer=FileSystemWriter(folder), no_dist=True
+    )
+    torch.save({"step": 1}, folder / COMMON)
+    (folder / "config.toml").write_text(to_toml(RunConfig()))
+    what = {"model": describe_model(ModelConfig()), "vocab_size": 350, "run": {"algo": {}}}
+    names = {"data_key": "d", "start_identity": "s", "identity": "i", "device": "cpu"}
+    description = Description(**what, **names, step=1, world_size=1, files=file_sizes(folder))
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description)))
+    return folder
 
 
 # -- what must hold -----------------------------------------------------------------------------------------------------
@@ -208,6 +243,44 @@ def reference_caches(rng: random.Random, work: Workplace) -> None:
         outcomes.update({"read": -1, "refused": 1})
 
 
+def prompt_files(rng: random.Random, work: Workplace) -> None:
+    """Every line that is not blank is a prompt."""
+    path = work.folder / "prompts"
+    text = b"[INST] what is 2+2? [/INST]\r\n\n Q:\tone \n" * 3
+    path.write_bytes(data := data_file(rng) if rng.random() < 0.7 else mutated(text, rng))
+    with only_our_refusals(path):
+        assert len(read_prompts(path)) == num_lines(data)
+
+
+def checkpoints(rng: random.Random, work: Workplace) -> None:
+    """What a checkpoint's small files say is understood, or refused by its name; unpickling is for plain classes."""
+    readers = {
+        DESCRIPTION: lambda path: read_description(path.parent).step,
+        METADATA: lambda path: refuse_harmful(path.parent),
+        COMMON: lambda path: refuse_harmful(path.parent),
+        "config.toml": load_recipe,
+    }
+    path = work.checkpoint / rng.choice(sorted(readers))
+    original = path.read_bytes()
+    harmed = mutated(original, rng, most=1)
+    if path.name == DESCRIPTION and rng.random() < 0.7:
+        harmed = json.dumps(mutate_json(json.loads(original), rng)).encode()
+    path.write_bytes(harmed)
+    try:
+        with only_our_refusals(work.checkpoint):
+            readers[path.name](path)
+    finally:
+        path.write_bytes(original)
+
+
+def run_files(rng: random.Random, work: Workplace) -> None:
+    value = mutate_json({"train.seed": 1, "algo": {"beta": 0.1}}, rng)
+    data = json.dumps(value).encode()
+    (work.folder / RUN_FILE).write_bytes(data if rng.random() < 0.5 else mutated(data, rng))
+    with only_our_refusals(work.folder):
+        assert isinstance(_left_by(work.folder), dict)
+
+
 def tokenizers_of_hugging_face(rng: random.Random, work: Workplace) -> None:
     files = {}
     for name, value in work.hf.items():
@@ -216,11 +289,11 @@ def tokenizers_of_hugging_face(rng: random.Random, work: Workplace) -> None:
         files[name] = json.dumps(value).encode()
         if rng.random() < 0.2:
             files[name] = mutate_bytes(files[name], rng)
-    work.reader.judge(files)
+    outcomes[work.reader.judge(files)] += 1
 
 
 def tokenizers_of_sentencepiece(rng: random.Random, work: Workplace) -> None:
-    work.reader.judge({"tokenizer.model": mutated(work.spm, rng)})
+    outcomes[work.reader.judge({"tokenizer.model": mutated(work.spm, rng)})] += 1
 
 
 TARGETS: dict[Callable[[random.Random, Workplace], None], int] = {
@@ -230,87 +303,13 @@ TARGETS: dict[Callable[[random.Random, Workplace], None], int] = {
     recipes: 300,
     opener_of_stores: 150,
     reference_caches: 150,
+    prompt_files: 300,
+    checkpoints: 300,
+    run_files: 100,
     tokenizers_of_hugging_face: 200,
     tokenizers_of_sentencepiece: 100,
 }
 """Examples of the short run, together about 15 s."""
-
-
-# -- tokenizers, in a process of their own ------------------------------------------------------------------------------
-
-TEXTS = ["", " a  b", "2+2=4\n", "<s>x</s>", "\u2581\U0001f642 \0 e\u0301", "a" * 300]
-
-
-class Reader:
-    """A process that loads tokenizers and uses them; started again when one was too much for it."""
-
-    process: subprocess.Popen[bytes] | None = None
-
-    def judge(self, files: dict[str, bytes]) -> None:
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-        process = self.process
-        assert process.stdin and process.stdout
-        timer = signal.signal(signal.SIGALRM, lambda *_: process.kill())
-        signal.alarm(LIMIT_S)
-        try:
-            pickle.dump(files, process.stdin)
-            process.stdin.flush()
-            verdict = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            verdict = (
-                f"the process ended with {process.wait()} (-9: it was stopped after {LIMIT_S} s)"
-            )
-            self.process = None
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, timer)
-        assert verdict in ("read", "refused"), verdict
-        outcomes[verdict] += 1
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-
-
-def verdict_on(files: dict[str, bytes], folder: Path) -> str:
-    """`read` or `refused`, or else what went wrong."""
-    for old in folder.iterdir():
-        old.unlink()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except BaseException as error:
-        ours = is_user_error(error) and str(folder) in str(error)
-        return "refused" if ours else traceback.format_exc()
-    try:
-        for text in TEXTS:
-            for continues in (False, True):
-                ids, offsets = tokenizer.encode_with_offsets(text, continues=continues)
-                assert all(0 <= i < tokenizer.vocab_size for i in ids), ids
-                assert len(ids) == len(offsets) and all(0 <= b <= len(text) for _, b in offsets)
-                tokenizer.decode(ids)
-    except BaseException as error:
-        return "refused" if is_user_error(error) else traceback.format_exc()
-    return "read"
-
-
-def serve() -> None:
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
-    with tempfile.TemporaryDirectory() as folder:
-        while True:
-            try:
-                files = pickle.load(source)
-            except EOFError:
-                return
-            pickle.dump(verdict_on(files, Path(folder)), sink)
-            sink.flush()
 
 
 # -- the tests ----------------------------------------------------------------------------------------------------------
@@ -354,6 +353,12 @@ def test_the_judge_condemns() -> None:
         parse_record(3, "theirs.txt", "sft")  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="Traceback"), only_our_refusals():
         json.loads("x")
+    ours = {"__name__": "nova_sys.some_module", "np": np}
+    for fault in ("np.zeros(2) + np.zeros(3)", "int('x')", "list(zip([1], [], strict=True))"):
+        with pytest.raises(AssertionError, match="Traceback"), only_our_refusals():
+            exec(fault, ours)
+    with only_our_refusals("in our words"):
+        exec("try:\n  int('x')\nexcept ValueError:\n  raise ValueError('in our words')", ours)
     with pytest.raises(TooLong), only_our_refusals():
         signal.raise_signal(signal.SIGALRM)
 
@@ -377,7 +382,3 @@ def test_mutated_files_for_a_minute(work: Workplace) -> None:
             seed += 1
             fuzz(target, work, max(10, TARGETS[target] // 10), seed)
     print(f"seeds {first + 1} to {seed}")
-
-
-if __name__ == "__main__":
-    serve()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ import torch
 from nova_kernels.segments import segment_index
 from nova_kernels.testing import poison, seeded_normal
 from nova_sys.config import ModelConfig, ParallelConfig
-from nova_sys.data.prompts import Prompt, read_prompts
 from nova_sys.decode import Decoder, continue_prompts
 from nova_sys.generate import Completion, plan_batches, text_behind
 from nova_sys.model.attention import PackLayout
@@ -337,59 +334,3 @@ def test_the_text_of_a_continuation() -> None:
 def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
-
-
-def test_prompts_of_a_text_file(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffone \r\n\n  two [\u4e2d]\nthree".encode())
-    found = read_prompts(path)
-    assert [p.content for p in found] == ["one ", "  two [\u4e2d]", "three"]
-    assert [p.where for p in found] == [f"{path}:{line}" for line in (1, 3, 4)]
-    assert found[0].as_turn().content == [{"role": "user", "content": "one "}]
-
-
-def test_prompts_of_json_lines(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "hi"}]
-    answer = {"role": "assistant", "content": "yes"}
-    tools = [{"name": "add"}]
-    lines = [
-        {"prompt": "a\nb", "chosen": "x", "rejected": "y"},
-        {"prompt": turns, "tools": tools},
-        {"messages": turns},
-        {"chosen": "\n\nHuman: q\n\nAssistant: 1", "rejected": "\n\nHuman: q\n\nAssistant: 2"},
-        {"chosen": [*turns, answer], "rejected": [*turns, {**answer, "content": "no"}]},
-    ]
-    path = tmp_path / "prompts.gz"
-    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
-    assert read_prompts(path) == [
-        Prompt("a\nb", f"{path}:1"),
-        Prompt(turns, f"{path}:2", tools),
-        Prompt(turns, f"{path}:3"),
-        Prompt("\n\nHuman: q\n\nAssistant:", f"{path}:4"),
-        Prompt(turns, f"{path}:5"),
-    ]
-    assert read_prompts(path)[2].as_turn().content == turns
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\n \n", "prompts.txt: no prompts in it"),
-        (b"ok\n\xff\xfe", "prompts.txt:2: byte 0xff is not UTF-8 text"),
-        (b'{"prompt": "a"}\n{"prompt": ', "prompts.txt:2: not valid JSON"),
-        (b'{"text": "a"}', "prompts.txt:1: keys 'text'; a prompt is a JSON object"),
-        (b'{"prompt": "a"}\n[1]', r"prompts.txt:2: \[1\]; a prompt is a JSON object"),
-        (b'{"prompt": 3}', 'prompts.txt:1: "prompt" is a number'),
-        (
-            b'{"messages": [{"role": "assistant", "content": "a"}]}',
-            'prompts.txt:1: "messages" ends with an assistant\'s turn',
-        ),
-        (None, "prompts.txt: cannot be read"),
-    ],
-)
-def test_a_prompt_file_that_is_none(tmp_path: Path, data: bytes | None, message: str) -> None:
-    path = tmp_path / "prompts.txt"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(path)

@@ -311,6 +311,20 @@ def test_the_first_loss_is_checked_at_the_first_step_that_is_not_skipped(
     assert [row["skipped"] for row in rows_of(trainer)] == [1]
 
 
+def test_skipped_steps_are_counted_across_a_resume(make_trainer: Callable[..., Trainer]) -> None:
+    """Else the first loss would not be checked any more, and ten steps in a row would be twenty."""
+    trainer = make_trainer(steps=2)
+    norm = trainer.chunks[0].decoder.final_layernorm.weight
+    handle = norm.register_hook(lambda grad: grad * float("nan"))
+    trainer.train()
+    handle.remove()
+    again = make_trainer(steps=4)
+    assert (again.start_step, again.skipped_in_a_row) == (2, 2)
+    again.loader._ref_logp = again.loader._ref_logp + 0.01 * np.arange(80)
+    with pytest.raises(Exception, match="from ln 2"):
+        again.train()
+
+
 def test_a_gradient_too_large_for_the_norm_counts_as_not_finite() -> None:
     """Each rank's norm fits into fp32, the sum of their squares does not: clipping would make all gradients zero."""
     buffer = SimpleNamespace(grad_data=torch.tensor([1.5e19]))

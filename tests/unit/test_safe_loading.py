@@ -1,4 +1,4 @@
-"""Files from elsewhere are data: nothing in a template, a tokenizer, a token store or a cache runs. (Checkpoints: see test_checkpoint_files.py.)"""
+"""Files from elsewhere are data: nothing in a template, a tokenizer, a token store or a cache runs. (Checkpoints: see tests/integration/test_run_folder.py.)"""
 
 from __future__ import annotations
 
@@ -107,15 +107,20 @@ def test_pickled_tokenizers_are_not_unpickled(name: str, canary: Path, tmp_path:
     assert not canary.exists()
 
 
+UNPICKLERS = ("pickle", "_pickle", "marshal", "shelve", "dill", "joblib", "yaml")
+
+
 def unsafe_calls(source: str) -> list[str]:
     """Calls that can run what they read, and options that let others do so."""
     found = []
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNPICKLERS:
+            found += [f"from {node.module}"]  # its functions would have names of their own here
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
         options = {key.arg: ast.unparse(key.value) for key in node.keywords}
-        if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "joblib", "yaml"):
+        if name.split(".")[0] in UNPICKLERS:
             found += [name] if name.split(".")[-1] in ("load", "loads", "Unpickler", "open") else []
         if name in ("eval", "exec", "compile", "__import__"):
             found.append(name)
@@ -129,6 +134,7 @@ def unsafe_calls(source: str) -> list[str]:
 def test_unsafe_calls_are_found() -> None:
     for line in (
         "pickle.load(f)", "np.load(p, allow_pickle=True)", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(s)",
+        "from pickle import load\nload(f)", "from yaml import safe_load as json\njson(f)",
     ):  # fmt: skip
         assert unsafe_calls(line), line
     assert not unsafe_calls("np.load(p); torch.load(p, weights_only=True); json.load(f); m.eval()")

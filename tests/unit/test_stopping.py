@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import pytest
@@ -83,6 +84,49 @@ def test_a_signal_before_training_ends_the_process(words: tuple[str, ...]) -> No
     assert process.returncode == 128 + signal.SIGINT
     assert "SIGINT: ended before the first step, so nothing was saved" in err
     assert "Traceback" not in err
+
+
+def test_a_signal_while_the_ranks_meet() -> None:
+    """Between the first rank's arrival and the last one's, a signal to some of them ends all, without an error."""
+
+    def meet(others: Any) -> int:
+        with stop_signals() as stop:
+
+            def on_any_rank(stops: bool) -> bool:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not stop.is_set:
+                    time.sleep(0.01)
+                return others(stops)
+
+            with pytest.raises(SystemExit) as ended:
+                stop.start_training(on_any_rank)
+        return ended.value.code  # pyright: ignore[reportReturnType]
+
+    def gone(stops: bool) -> bool:
+        raise RuntimeError("Connection closed by peer")
+
+    assert meet(lambda stops: True) == 128 + signal.SIGTERM
+    assert meet(gone) == 128 + signal.SIGTERM
+    with stop_signals() as stop, pytest.raises(RuntimeError, match="Connection closed"):
+        stop.start_training(gone)
+    with stop_signals() as stop, pytest.raises(SystemExit) as ended:
+        stop.start_training(lambda stops: True)  # another rank's signal
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_other_signals_are_others_business() -> None:
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with stop_signals() as stop:
+            stop.start_training()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not seen:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            assert not stop.is_set
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_handlers_are_given_back() -> None:

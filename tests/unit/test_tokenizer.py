@@ -132,7 +132,12 @@ def test_control_texts(spm, hf):
     assert ids == [*spm.encode("a"), 1, *spm.encode("b"), 2] == spm.encode(text, control=True)
     assert offsets == [(0, 1), (1, 4), (4, 5), (5, 9)]
     assert not {1, 2} & set(spm.encode(text))
-    assert hf.encode("<|begin|>a<|end|>") == [hf.bos_id, *hf.encode("a"), hf.eos_id]
+    text = "<|begin|>a<|end|>"
+    ids, offsets = hf.encode_with_offsets(text, control=True)
+    assert ids == [hf.bos_id, *hf.encode("a"), hf.eos_id] == hf.encode(text, control=True)
+    assert offsets == [(0, 9), (9, 10), (10, 17)]
+    for ids in (hf.encode(text), hf.encode_with_offsets(text)[0]):
+        assert not {hf.bos_id, hf.eos_id} & set(ids) and hf.decode(ids) == text
 
 
 def sentencepiece_with_leading_space():
@@ -208,6 +213,8 @@ def test_hugging_face_configuration(tmp_path):
 def test_bad_tokenizers(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_tokenizer(tmp_path / "none.model")
+    with pytest.raises(ValueError, match=r"~nobody-of-that-name/x\.model does not exist"):
+        load_tokenizer("~nobody-of-that-name/x.model")
     with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "x.model").write_bytes(b"not a model")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nova_sys.watchdog import Sighting, collective_timeout_s, explain, grace_s
+from nova_sys.hang_report import Sighting, explain
+from nova_sys.watchdog import FIRST_STEP_S, collective_timeout_s, grace_s
 
 STARTED = "20260102-030405"
 SETUP = f"""
@@ -88,6 +89,61 @@ with dog.phase("data"):
 dog._out = open("/dev/full", "w")
 with dog.phase("data"):
     stuck()
+""",
+    "no report file": """
+dog.close()
+folder.write_text("no folder")
+dog = module.Watchdog(rank=0, world_size=1, timeout_s=2.0, folder=folder, started="now")
+with dog.phase("data"):
+    stuck()
+""",
+    "stopped neighbour": """
+class Store:  # another rank's last beat for ever
+    def clone(self):
+        return self
+
+    def check(self, keys):
+        return not keys[0].endswith(("call", "report/1", "seen/1"))
+
+    def get(self, key):
+        return b"5"
+
+    def add(self, key, number):
+        return 1
+
+    def set(self, key, value):
+        self.said = {**getattr(self, "said", {}), key: value}
+
+    def wait(self, keys, timeout):
+        time.sleep(timeout.total_seconds())
+
+dog.close()
+store = Store()
+store.get = lambda key: store.said[key].encode() if key in store.said else b"5"
+dog = module.Watchdog(
+    rank=0, world_size=2, timeout_s=2.0, store=store, folder=folder, started="now"
+)
+with dog.phase("one rank works, the others wait", watched=False):
+    time.sleep(30)
+""",
+    "neighbour at its end": """
+class Store:
+    def clone(self):
+        return self
+
+    def check(self, keys):
+        return not keys[0].endswith("call")
+
+    def get(self, key):
+        return b"gone"
+
+    def set(self, key, value):
+        print(value, flush=True) if value == "gone" else None
+
+dog.close()
+dog = module.Watchdog(rank=0, world_size=2, timeout_s=1.0, store=Store(), folder=folder)
+time.sleep(3)
+dog.close()
 """,
     "no store": """
 class Gone:
@@ -196,6 +252,23 @@ def test_a_full_disk_does_not_stop_the_watchdog(done: dict[str, Done]) -> None:
     assert "no report: [Errno 28]" in full.err and "in stuck" in full.err
 
 
+def test_a_report_that_cannot_be_opened_does_not_end_a_run(done: dict[str, Done]) -> None:
+    no_file = done["no report file"]
+    assert no_file.code == 3, no_file.err
+    assert "no report file: [Errno 17]" in no_file.err and "in stuck" in no_file.err
+    assert "Traceback" not in no_file.err
+
+
+def test_a_stopped_rank_is_noticed_in_every_phase(done: dict[str, Done]) -> None:
+    stopped = done["stopped neighbour"]
+    assert stopped.code == 3, (stopped.out, stopped.err)
+    assert "rank 1 did not answer within parallel.timeout_s = 2" in " ".join(stopped.err.split())
+    report = (stopped.folder / "now-rank0.txt").read_text()
+    assert "rank 1 has given no sign of life" in report
+    leaving = done["neighbour at its end"]
+    assert (leaving.code, leaving.out) == (0, "gone\n"), leaving.err
+
+
 def test_a_dead_store_does_not_stop_the_watchdog(done: dict[str, Done]) -> None:
     no_store = done["no store"]
     assert no_store.code == 3, no_store.err
@@ -207,7 +280,8 @@ def test_a_dead_store_does_not_stop_the_watchdog(done: dict[str, Done]) -> None:
 def test_collectives_give_up_after_the_watchdog() -> None:
     for timeout_s in (1.0, 10.0, 600.0, 7200.0):
         assert grace_s(timeout_s) >= 5
-        assert timeout_s + grace_s(timeout_s) < collective_timeout_s(timeout_s)
+        first_step_s = max(timeout_s, FIRST_STEP_S)
+        assert first_step_s + grace_s(timeout_s) < collective_timeout_s(timeout_s)
     assert collective_timeout_s(600.0) == 660
 
 
