@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nova_sys.config import FORBID_UNKNOWN_KEYS, ModelConfig
 
-FORMAT = 2
-"""2: sizes of files, random states as tensors, nothing but tensors in the shards."""
+FORMAT = 3
+"""2: sizes of files, random states as tensors, nothing but tensors in the shards. 3: what a resumed run must keep, template file."""
 DESCRIPTION = "nova.json"
 TEMPLATE = "template.jinja"
 """The chat template, where it was a file: `data.template` may be edited, or be a path in another folder."""
