@@ -308,7 +308,7 @@ def test_a_build_that_is_killed_again_and_again(tmp_path: Path, files: tuple[Pat
         return json.loads(path.read_text())["report"]["num_records"] if path.exists() else 0
 
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        target, pause_s = records() + rng.randint(200, 900), 0.01 * rng.random()
+        target, pause_s = records() + rng.randint(100, 400), 0.01 * rng.random()
         print(f"signal {number} {pause_s:.4f} s after record {target}")
         process = start(*files, folder, num_workers=2, block_bytes=2500)
         wait_until(lambda target=target, p=process: records() >= target or p.poll() is not None)

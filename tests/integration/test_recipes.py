@@ -198,7 +198,7 @@ def test_online_reference_gives_the_cached_losses(
 
 def test_generate_continues_text(one_rank_run: Path) -> None:
     prompt = "\n\nHuman: abc\n\nAssistant:"
-    text = nova("generate", one_rank_run, prompt, "--max-new-tokens", 4)
+    text = nova("generate", one_rank_run, prompt, "--max-new-tokens", 4, "--text")
     assert text.startswith(prompt) and len(text.strip()) > len(prompt.strip())
 
 

@@ -110,8 +110,10 @@ def as_line(value: Any, rng: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass") + rng.choice([b"\n", b"\n", b"\r\n", b"\n\n", b""])
 
 
-def data_file(rng: random.Random) -> bytes:
-    records = rng.choices(RECORDS, k=rng.randrange(1, 4))
+def data_file(rng: random.Random, kind: str = "") -> bytes:
+    """kind: of records that fit together before they are harmed; any if empty."""
+    seeds = {"": RECORDS, "pairs": RECORDS[:4], "sft": RECORDS[4:]}[kind]
+    records = rng.choices(seeds, k=rng.randrange(1, 4))
     for _ in range(rng.choice([0, 1, 1, 3])):
         place = rng.randrange(len(records))
         records[place] = mutate_json(records[place], rng)

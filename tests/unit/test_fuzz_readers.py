@@ -167,7 +167,8 @@ def reader_of_records(rng: random.Random, work: Workplace) -> None:
 
 def builder_of_stores(rng: random.Random, work: Workplace) -> None:
     """Every record is a document or counted as skipped; what is stored are the tokenizer's ids, of the lines that it says."""
-    data = data_file(rng)
+    kind = rng.choice(["sft", "pairs"])
+    data = data_file(rng, rng.choice(["", kind, kind, kind]))
     path, store = work.folder / "data.jsonl", work.folder / "mutated"
     shutil.rmtree(store, ignore_errors=True)
     path.write_bytes(data)
@@ -175,7 +176,7 @@ def builder_of_stores(rng: random.Random, work: Workplace) -> None:
         spec = StoreSpec(
             train=str(path),
             tokenizer=work.tokenizer,
-            kind=rng.choice(["sft", "pairs"]),
+            kind=kind,
             pack_length=rng.choice([16, 64, 512]),
             template=rng.choice(["auto", *BUILT_IN]),
             share_prefix=rng.random() < 0.8,
