@@ -21,3 +21,11 @@ def denormals() -> Iterator[None]:
     """A run in the tests' own process flushes denormal numbers from then on; hypothesis draws them in other modules."""
     yield
     torch.set_flush_denormal(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none, however they were selected."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

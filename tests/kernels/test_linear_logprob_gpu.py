@@ -16,10 +16,7 @@ from torch import Tensor
 from nova_kernels import linear_logprob
 from nova_kernels.testing import assert_close_to
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 spec = importlib.util.spec_from_file_location(
     "linear_logprob_cases", Path(__file__).with_name("linear_logprob_cases.py")
 )
