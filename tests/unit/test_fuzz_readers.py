@@ -294,7 +294,8 @@ def tokenizers_of_hugging_face(rng: random.Random, work: Workplace) -> None:
 
 
 def tokenizers_of_sentencepiece(rng: random.Random, work: Workplace) -> None:
-    outcomes[work.reader.judge({"tokenizer.model": mutated(work.spm, rng)})] += 1
+    model = mutated(work.spm, rng) if rng.random() < 0.9 else work.spm  # few survive a harm
+    outcomes[work.reader.judge({"tokenizer.model": model})] += 1
 
 
 TARGETS: dict[Callable[[random.Random, Workplace], None], int] = {
@@ -332,7 +333,7 @@ def fuzz(target: Callable[..., None], work: Workplace, examples: int, seed: int)
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.randoms(use_true_random=False))
+    @given(st.randoms(use_true_random=True))  # drawn evenly; hypothesis prefers small choices
     def check_one(rng: random.Random) -> None:
         target(rng, work)
 
