@@ -138,7 +138,8 @@ def step_variants(record: dict[str, Any]) -> str:
     for name, meaning in VARIANTS.items():
         if name in record["providers"]:
             speed, times = record["providers"][name]["pairs_per_s"], record["speedup"][name]
-            lines.append(f"| {meaning} | {speed:.1f} | {times['median']:.2f} times |")
+            spread = f"{times['least']:.2f} to {times['most']:.2f}"
+            lines.append(f"| {meaning} | {speed:.1f} | {times['median']:.2f} times ({spread}) |")
     return "\n".join(lines)
 
 
