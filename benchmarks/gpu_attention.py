@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_timing import Case, Provider
+from gpu_timing import Case, Provider, drawn
 from torch import Tensor
 
 from nova_kernels import packed_attention
 from nova_kernels.backend import triton_runs_on
 from nova_kernels.segments import segment_ids, segment_index
-from nova_kernels.testing import seeded_normal, segment_table
+from nova_kernels.testing import segment_table
 
 Documents = Sequence[tuple[int, Sequence[int]]]
 """Per document the length of its prefix and of each answer."""
@@ -85,7 +85,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 
 def _leaf(device: torch.device, *shape: int, seed: int) -> Tensor:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return seeded_normal(*shape, seed=seed).to(device, dtype).requires_grad_()
+    return drawn(*shape, device=device, seed=seed).to(dtype).requires_grad_()
 
 
 def _single(call: Any) -> tuple[Tensor, ...]:
@@ -133,4 +133,5 @@ def _varlen(
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     total, longest = int(ends[-1]), max(lengths)
     q, k, v = (_leaf(device, total, N, H, seed=i) for i in range(3))
-    return partial(varlen_attn, q, k, v, ends, ends, longest, longest, True), (q, k, v)
+    causal = partial(varlen_attn, q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    return causal, (q, k, v)

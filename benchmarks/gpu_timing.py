@@ -35,6 +35,12 @@ class Case:
     flops: tuple[int, int]
 
 
+def drawn(*shape: int, device: torch.device, seed: int) -> Tensor:
+    """Standard normal fp32 values, drawn on the device: on a CPU a large weight takes many seconds."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, device=device, generator=generator)
+
+
 def time_in_turns(
     calls: dict[str, Callable[[], Any]], device: torch.device, budget_s: float
 ) -> dict[str, list[float]]:
@@ -135,11 +141,11 @@ def _difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(float((a.detach().float() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device does at most: a copy's bytes read and written, and a square product in bf16, on random data."""
-    on_gpu = device.type == "cuda"
-    source = torch.empty(1 << 30 if on_gpu else 1 << 22, dtype=torch.int8, device=device)
-    target, size = torch.empty_like(source), 8192 if on_gpu else 256
+def ceilings(device: torch.device, *, tiny: bool) -> dict[str, float]:
+    """What this device does at most: a copy's bytes read and written, and a square product in bf16, on random data.
+    tiny: nothing large, for a sanitizer or a CPU; then these are no ceilings."""
+    source = torch.empty(1 << 22 if tiny else 1 << 30, dtype=torch.int8, device=device)
+    target, size = torch.empty_like(source), 256 if tiny else 8192
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     times = time_in_turns(
         {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 2.0

@@ -63,13 +63,19 @@ class SegmentIndex:
         return offset_T1.int(), self.branch_J[order_J].int()
 
     def to(self, device: torch.device | str) -> SegmentIndex:
+        """A copy on `device`; from the host to a GPU through pinned memory, without waiting for it."""
+        pin = torch.device(device).type == "cuda" and self.position_T.device.type == "cpu"
+
+        def moved(index: torch.Tensor) -> torch.Tensor:
+            return (index.pin_memory() if pin else index).to(device, non_blocking=pin)
+
         return SegmentIndex(
             self.host_segments,
-            self.position_T.to(device),
-            self.previous_T.to(device),
-            self.break_I.to(device),
-            self.branch_J.to(device),
-            self.branch_previous_J.to(device),
+            moved(self.position_T),
+            moved(self.previous_T),
+            moved(self.break_I),
+            moved(self.branch_J),
+            moved(self.branch_previous_J),
         )
 
 

@@ -143,7 +143,10 @@ def test_memory_does_not_depend_on_the_rows() -> None:
     allowance = {R: (64 << 20) + 1024 * R + (4 << 20) for R in extra}
     assert all(extra[R] <= allowance[R] for R in extra), (extra, allowance)
     stored = peak_extra_bytes(2048, "store", 64)
-    assert 2048 * 128256 * 2 <= stored <= 2048 * 128512 * 2 + allowance[2048]
+    maxima = (
+        2 * 4 * 2048 * (128256 // 256)
+    )  # one per row and tile of columns, and a copy while they are merged
+    assert 2048 * 128256 * 2 <= stored <= 2048 * 128512 * 2 + allowance[2048] + maxima
 
 
 @pytest.mark.slow
