@@ -260,7 +260,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(
         self, files: dict[str, bytes], config: dict[str, Any], chat_template: str | None
     ) -> None:
-        self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        with _panics_as_errors():
+            self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         self._model.no_truncation()
         self._model.no_padding()
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
@@ -297,14 +298,26 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str], control: bool) -> list[list[int]]:
         self._model.encode_special_tokens = not control
-        return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _panics_as_errors():
+            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in encoded]
 
     def _encode_batch_with_offsets(self, texts: Sequence[str], control: bool) -> list[Encoded]:
         self._model.encode_special_tokens = not control
-        return [
-            (e.ids, e.offsets)
-            for e in self._model.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        with _panics_as_errors():
+            encoded = self._model.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in encoded]
+
+
+@contextlib.contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """A panic of the `tokenizers` library (a tokenizer.json that it should have refused) is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library stopped at it: {error}") from error
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:

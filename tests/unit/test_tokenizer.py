@@ -265,3 +265,15 @@ def test_a_text_without_pieces_is_refused(tmp_path):
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(ValueError, match=r"the tokenizer fails on the text \(.*UNK"):
             encode("b")
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path):
+    """A merge shorter than the prefix of continuing pieces: the library does not raise, it panics."""
+    model = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="##"))
+    value = json.loads(model.to_str())
+    value["model"] |= {"vocab": {"a": 0, "": 1, "ab": 2}, "merges": [["a", ""]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(
+        ValueError, match=f"the tokenizer {tmp_path} cannot be read .*stopped at it"
+    ):
+        load_tokenizer(tmp_path)
