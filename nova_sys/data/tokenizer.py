@@ -238,9 +238,8 @@ class SentencePieceTokenizer(Tokenizer):
         lead = _LEAD if continues and self._adds_space else ""
         mapping = self._model.Encode(lead + text, return_type="offset_mapping")
         ids, offsets = list(mapping["ids"]), [tuple(pair) for pair in mapping["offsets"]]
-        for i in range(
-            len(offsets) - 2, -1, -1
-        ):  # bytes before a character's last one come as empty ranges
+        # bytes before a character's last one come as empty ranges
+        for i in range(len(offsets) - 2, -1, -1):
             if offsets[i][0] == offsets[i][1] and offsets[i + 1][0] == offsets[i][0]:
                 offsets[i] = offsets[i + 1]
         return _behind_lead((ids, offsets)) if lead else (ids, offsets)
