@@ -16,7 +16,7 @@ PEER := .venv/peer-trl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed-$(HARDWARE)
 BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
 
 .PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl gpu-check clean

@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Builds CMakeLists.txt and installs into the folder where setuptools expects the extension."""
+    """Builds CMakeLists.txt, once, and installs into the folder where setuptools expects the extensions."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.optional:  # built with the other one, where a CUDA compiler is
+            return
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         cmake = shutil.which("cmake", path=tools)
         if cmake is None:
@@ -38,6 +40,9 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages(include=["nova_sys*"]) + find_packages("kernels"),
     package_dir={"nova_kernels": "kernels/nova_kernels"},
-    ext_modules=[Extension("nova_kernels._C", sources=[])],
+    ext_modules=[
+        Extension("nova_kernels._C", sources=[]),
+        Extension("nova_kernels._C_cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -45,4 +46,22 @@ def triton_runs_on(device: torch.device) -> bool:
         return False
     return device.type == "cuda" or (
         device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    )
+
+
+def cuda_kernels() -> ModuleType | None:
+    """The CUDA extension; None where it was built without a CUDA compiler."""
+    try:
+        from nova_kernels import _C_cuda
+    except ImportError:
+        return None
+    return _C_cuda
+
+
+def cuda_runs_on(device: torch.device) -> bool:
+    """True on a Hopper GPU, where the CUDA extension is built: its instructions exist on sm_90 only."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and cuda_kernels() is not None
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -20,10 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nova_kernels.sass import WARNING, cuobjdump, instructions, mnemonic
+
 HOPPER = GPUTarget("cuda", 90, 32)  # Triton itself asks for sm_90a
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WARNING = re.compile(r"warning|\(C75\d\d\)", re.IGNORECASE)
-OPERATION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,14 @@ def compile_for_hopper(
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("-res-usage", cubin)
-        sass = _cuobjdump("-sass", cubin)
+        usage = cuobjdump("-res-usage", cubin)
+        sass = cuobjdump("-sass", cubin)
     seen = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert seen is not None, usage
-    found = [match[1] for match in map(OPERATION.match, sass.splitlines()) if match]
     return Compiled(
         registers=int(seen[1]),
         stack_bytes=int(seen[2]),
         shared_bytes=compiled.metadata.shared,
-        operations=dict(Counter(_short(name) for name in found)),
+        operations=dict(Counter(map(mnemonic, instructions(sass)))),
         warnings=[line for line in log.getvalue().splitlines() if WARNING.search(line)],
     )
-
-
-def _short(operation: str) -> str:
-    """WARPGROUP.DEPBAR, a wait, is not WARPGROUP.ARRIVE; all other modifiers go."""
-    return ".".join(operation.split(".")[: 2 if operation.startswith("WARPGROUP") else 1])
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    command = [CUOBJDUMP, option, cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
