@@ -28,9 +28,10 @@ LEAST_SECONDS = 10.0
 """A part is not started with less."""
 TEST_PROCESSES = 4
 """On one GPU, whose memory they share: the largest test takes some 15 GB."""
-OPS = ("kv_shift_rope", "packed_attention", "linear_logprob")
+OPS = ("kv_shift_rope", "packed_attention", "linear_dpo")
 ATTENTION_TEST = "tests/kernels/test_packed_attention.py::test_triton_on_a_gpu"
 ROPE_TEST = "tests/kernels/test_kv_shift_rope_triton.py::test_triton_on_a_gpu"
+FORMS_TEST = "tests/kernels/test_emulator.py"
 LOGPROB_TEST = "tests/kernels/test_linear_logprob_gpu.py"
 
 
@@ -66,11 +67,15 @@ def parts() -> list[Part]:
     return [
         Part("device", 60, script("gpu_device.py")),
         Part("build", 180, [*build, "--build-temp", "build/gpu-check"], ("device",)),
+        Part("test instruction forms", 60, tests(FORMS_TEST), ("build",), "nvcc"),
         Part("test kv_shift_rope", 60, tests(ROPE_TEST), ("build",)),
         Part("test packed_attention", 90, tests(ATTENTION_TEST), ("build",)),
         Part("test linear_logprob", 150, tests(LOGPROB_TEST), ("build",)),
         Part("step triton", 120, script("gpu_step.py", "--variant", "triton"), ("build",)),
-        *(Part(f"time {op}", 90, script("gpu_ops.py", "--op", op), ("build",)) for op in OPS),
+        *(
+            Part(f"time {op}", 90, script("run.py", "--no-test", "--op", op), ("build",))
+            for op in OPS
+        ),
         Part("step reference", 120, script("gpu_step.py", "--variant", "reference"), ("build",)),
         *(
             Part(f"step {variant}", 100, script("gpu_step.py", "--variant", variant), ("build",))
@@ -80,7 +85,11 @@ def parts() -> list[Part]:
             Part(
                 f"{tool} {op}",
                 60,
-                [*sanitizer, tool, *script("gpu_ops.py", "--op", op, "--tiny", "--seconds", "0")],
+                [
+                    *sanitizer,
+                    tool,
+                    *script("run.py", "--no-test", "--op", op, "--tiny", "--seconds", "0"),
+                ],
                 ("build",),
                 "compute-sanitizer",
             )
@@ -98,7 +107,7 @@ def simulated() -> list[Part]:
             Part(
                 f"time {op}",
                 120,
-                script("gpu_ops.py", "--op", op, "--tiny", "--seconds", "0.1"),
+                script("run.py", "--no-test", "--op", op, "--tiny", "--seconds", "0.1"),
                 ("device",),
             )
             for op in OPS

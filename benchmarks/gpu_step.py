@@ -115,7 +115,7 @@ def recipe(work: Path, settings: dict[str, Any]) -> RunConfig:
 def train_steps(trainer: Trainer, first: int, count: int) -> list[dict[str, Any]]:
     """The records that the trainer itself would write."""
     records: list[dict[str, Any]] = []
-    trainer.telemetry.step = lambda record: records.append(dict(record))
+    trainer.telemetry.step = lambda record, _: records.append(dict(record))
     for step in range(first, first + count):
         trainer._one_step(step)
     return records

@@ -1,12 +1,20 @@
-"""Every benchmarked op: the test that must be green first, its inputs, its providers, and what one call is worth."""
+"""Every benchmarked op: the test that must be green first, its inputs, its providers, and what one call is worth.
+
+OPS are host code over numpy arrays; KERNELS are the ops of nova_kernels, whose cases live in ops_<name>.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ops_kv_shift_rope
+import ops_linear_dpo
+import ops_packed_attention
+import torch
+from timing import Case
 
 from nova_kernels import _C
 from nova_sys.data.packing import MIXED_BELOW
@@ -71,5 +79,27 @@ OPS = {
         unit="documents",
         amount=lambda x: len(x.lengths),
         quality=packing_quality,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    test: str
+    """As in Op."""
+    cases: Callable[[torch.device, bool], Iterator[Case]]
+    """Device, tiny -> what is timed there."""
+
+
+KERNELS = {
+    "kv_shift_rope": Kernel(
+        test="tests/kernels/test_kv_shift_rope.py", cases=ops_kv_shift_rope.cases
+    ),
+    "linear_dpo": Kernel(
+        test="tests/kernels/test_linear_dpo_liger.py tests/kernels/test_linear_logprob.py",
+        cases=ops_linear_dpo.cases,
+    ),
+    "packed_attention": Kernel(
+        test="tests/kernels/test_packed_attention.py", cases=ops_packed_attention.cases
     ),
 }

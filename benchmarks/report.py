@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,46 @@ def one_truth(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+FLOOR = "three products alone"
+PHASES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+
+def kernel_table(record: dict[str, Any]) -> str:
+    """One table per case: time, times the fastest peer's, rate, memory."""
+    versions = record["versions"]
+    device = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "liger-kernel") if versions.get(name))  # fmt: skip
+    lines = [f"On an {device} ({named}), medians of calls in turns, by `{record['command']}`:"]
+    for case, rows in groupby(record["results"], key=lambda row: row["case"]):
+        lines += ["", f"**{case}**", "", *kernel_case(list(rows), record)]
+    return "\n".join(lines)
+
+
+def kernel_case(rows: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
+    phases = [phase for phase in PHASES if any(phase in row for row in rows)]
+    gpu = "gpu" in record
+    heads = ["provider"]
+    for phase in phases:
+        heads += [f"{PHASES[phase]}, ms", "TFLOP/s" if gpu else "GFLOP/s"]
+    heads += ["times the floor"] if any(row["provider"] == FLOOR for row in rows) else []
+    heads += ["memory, MiB"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    floor = next((row for row in rows if row["provider"] == FLOOR), None)
+    for row in rows:
+        cells = [row["provider"]]
+        for phase in phases:
+            timed = row.get(phase)
+            rate = timed and (timed["tflops"] if gpu else 1e3 * timed["tflops"])
+            cells += [f"{timed['ms']:.2f}", f"{rate:.0f}"] if timed else ["", ""]
+        if floor is not None:
+            timed, least = row.get(phases[-1]), floor[phases[-1]]["ms"]
+            cells.append(f"{timed['ms'] / least:.2f}" if timed else "")
+        peak = row.get("peak_mib")
+        cells.append(row.get("error", "" if peak is None else f"{peak:.0f}"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 SECTIONS: Sections = {
     "demo_cpu": demo,
@@ -197,7 +238,21 @@ SECTIONS: Sections = {
 
 
 TRUST_SECTIONS: Sections = {"one_truth_cpu": one_truth}
-DOCUMENTS = {"README.md": SECTIONS, "docs/trust.md": TRUST_SECTIONS}
+OPS_FOLDER = "kernels/nova_kernels"
+
+
+def kernel_sections(op: str) -> Sections:
+    """Every machine on which the op has been measured."""
+    return {path.stem: kernel_table for path in sorted(RESULTS.glob(f"{op}_*.json"))} or {
+        f"{op}_h100": kernel_table
+    }
+
+
+DOCUMENTS = {
+    "README.md": SECTIONS,
+    "docs/trust.md": TRUST_SECTIONS,
+    f"{OPS_FOLDER}/linear_dpo_loss/README.md": kernel_sections("linear_dpo"),
+}
 
 
 def render(sections: Sections) -> str:

@@ -148,8 +148,8 @@ def gated(trainer: Trainer, gate: Gate) -> None:
     """Lets the trainer go on only while the gate is open: it closes where a step has been recorded."""
     record_step = trainer.telemetry.step
 
-    def step(record: Any) -> None:
-        record_step(record)
+    def step(record: Any, histograms: Any) -> None:
+        record_step(record, histograms)
         tokens = round(record["tokens_per_s"] * record["step_time_s"])
         gate.step_done(
             pairs=record["num_pairs"],

@@ -39,9 +39,9 @@ def test_simulated(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu_check.json").read_text()
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
-    for op in ("kv_shift_rope", "packed_attention", "linear_logprob"):
+    for op in ("kv_shift_rope", "packed_attention", "linear_dpo"):
         rows = parts[f"time {op}"]["result"]["results"]
-        assert all(row["forward"]["ms"] > 0 and row["forward_backward"]["ms"] > 0 for row in rows)
+        assert all(row["forward_backward"]["ms"] > 0 for row in rows), rows
         compared = [row["differs_by"] for row in rows if "differs_by" in row]
         assert "triton" in {row["provider"].split(",")[0] for row in rows} and compared
         assert max(compared) < 0.01  # of bf16

@@ -1,4 +1,4 @@
-"""Cases of packed_attention for gpu_ops.py: ours, FlexAttention, and torch's variable-length attention on documents that share nothing."""
+"""Cases of packed_attention: ours, FlexAttention, and torch's variable-length attention on documents that share nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_timing import Case, Provider, drawn
+import torch.nn.functional as F
+from timing import Case, Provider, leaf
 from torch import Tensor
 
 from nova_kernels import packed_attention
 from nova_kernels.backend import triton_runs_on
+from nova_kernels.packed_attention.reference import attention_mask
 from nova_kernels.segments import segment_ids, segment_index
 from nova_kernels.testing import segment_table
 
@@ -35,10 +37,15 @@ def preference_documents(T: int) -> Documents:
         used += length
 
 
-def layouts(tiny: bool) -> dict[str, tuple[int, Documents]]:
+def layouts(device: torch.device, tiny: bool) -> dict[str, tuple[int, Documents]]:
     """Name -> tokens, documents."""
     if tiny:
         return {"pairs, shared": (128, [(20, [9, 12]), (30, [11, 5])])}
+    if device.type == "cpu":
+        return {
+            "4 x 512, causal": (2048, [(0, [512])] * 4),
+            "pairs of hh-rlhf's lengths, shared": (2048, preference_documents(2048)),
+        }
     return {
         "16 x 1024, causal": (16384, [(0, [1024])] * 16),
         "1 x 16384, causal": (16384, [(0, [16384])]),
@@ -48,11 +55,11 @@ def layouts(tiny: bool) -> dict[str, tuple[int, Documents]]:
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
-    N, K, H = (2, 1, 64) if tiny else (32, 8, 128)
-    for name, (T, documents) in layouts(tiny).items():
+    N, K, H = (2, 1, 64) if tiny else (8, 4, 64) if device.type == "cpu" else (32, 8, 128)
+    for name, (T, documents) in layouts(device, tiny).items():
         used = sum(prefix + sum(answers) for prefix, answers in documents)
         segments = segment_table(documents, T - used)
-        q, k, v = (_leaf(device, T, X, H, seed=i) for i, X in enumerate((N, K, K)))
+        q, k, v = (leaf(device, T, X, H, seed=i) for i, X in enumerate((N, K, K)))
         call = partial(
             packed_attention,
             *(q, k, v, segments.to(device)),
@@ -66,9 +73,12 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             providers[name] = Provider(forward=forward, inputs=inputs, comparable=comparable)  # noqa: B023
 
         add("reference", partial(_single, partial(call, backend="reference")), (q, k, v))
-        if triton_runs_on(device):
+        if triton_runs_on(device) and (tiny or device.type == "cuda"):
             add("triton", partial(_single, partial(call, backend="triton")), (q, k, v))
-        if not tiny:
+        if device.type == "cpu":
+            masked = _masked(q, k, v, segments)
+            add("torch, one mask for all", partial(_single, masked), (q, k, v))
+        elif not tiny:
             flex = _flex(q, k, v, segments.to(device))
             add("FlexAttention, compiled", partial(_single, flex), (q, k, v))
             forward, inputs = _varlen(documents, N, K, H, device)
@@ -83,11 +93,6 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         )
 
 
-def _leaf(device: torch.device, *shape: int, seed: int) -> Tensor:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return drawn(*shape, device=device, seed=seed).to(dtype).requires_grad_()
-
-
 def _single(call: Any) -> tuple[Tensor, ...]:
     return (call(),)
 
@@ -99,6 +104,18 @@ def _allowed(documents: Documents) -> int:
         area += prefix * (prefix + 1) // 2
         area += sum(n * prefix + n * (n + 1) // 2 for n in answers)
     return area
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Any:
+    """torch's attention over the whole pack with a T x T mask, made before the clock starts."""
+    mask_TT = attention_mask(segments, q.shape[0])
+
+    def call() -> Tensor:
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask_TT, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return call
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Any:
@@ -132,6 +149,6 @@ def _varlen(
     lengths = [prefix + n for prefix, answers in documents for n in answers]
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     total, longest = int(ends[-1]), max(lengths)
-    q, k, v = (_leaf(device, total, N, H, seed=i) for i in range(3))
+    q, k, v = (leaf(device, total, N, H, seed=i) for i in range(3))
     causal = partial(varlen_attn, q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
     return causal, (q, k, v)

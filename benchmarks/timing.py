@@ -1,11 +1,15 @@
-"""Times callables on a GPU in turns, beside what the GPU can do at most. On a CPU the same with a clock, to test the code."""
+"""Times callables in turns, on a GPU with its events, on a CPU with a clock; beside what the device can do at most."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +37,20 @@ class Case:
     providers: dict[str, Provider]
     bytes: tuple[int, int]
     flops: tuple[int, int]
+    phases: tuple[str, ...] = ("forward", "forward_backward")
+    """What is timed. A loss that computes its gradients in its forward has no time of its own for that."""
 
 
 def drawn(*shape: int, device: torch.device, seed: int) -> Tensor:
     """Standard normal fp32 values, drawn on the device: on a CPU a large weight takes many seconds."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, device=device, generator=generator)
+
+
+def leaf(device: torch.device, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Drawn, bf16 on a GPU and fp32 on a CPU, and gradients are taken of it."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return (drawn(*shape, device=device, seed=seed) * scale).to(dtype).requires_grad_()
 
 
 def time_in_turns(
@@ -87,6 +99,7 @@ def measure(case: Case, device: torch.device, budget_s: float) -> list[dict[str,
             rows[name]["error"] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
         forward[name] = provider.forward
+        both[name] = provider.forward
         if provider.inputs:
             both[name] = lambda provider=provider: _forward_backward(provider)
         if expected is None:
@@ -94,7 +107,9 @@ def measure(case: Case, device: torch.device, budget_s: float) -> list[dict[str,
         elif provider.comparable:
             rows[name]["differs_by"] = _difference(results, expected)
     for what, calls in (("forward", forward), ("forward_backward", both)):
-        for name, samples in time_in_turns(calls, device, budget_s / 2).items():
+        if what not in case.phases:
+            continue
+        for name, samples in time_in_turns(calls, device, budget_s / len(case.phases)).items():
             median = statistics.median(samples)
             parts = slice(0, 1) if what == "forward" else slice(0, 2)
             rows[name][what] = {
@@ -121,18 +136,30 @@ def _forward_backward(provider: Provider) -> tuple[Tensor, ...]:
 
 
 def _run_once(provider: Provider, device: torch.device) -> tuple[list[Tensor], float | None]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """Outputs and gradients, and by how many MiB memory grew at most while they were made."""
+    before = _memory_mib(device, reset=True)
     outputs = provider.forward()
     results = [*outputs]
     if provider.inputs:
         results += torch.autograd.grad(outputs, provider.inputs, _upstream(outputs))
-    if device.type != "cuda":
-        return results, None
-    torch.cuda.synchronize()
-    return results, (torch.cuda.max_memory_allocated() - before) / 2**20
+    peak = _memory_mib(device)
+    return results, None if before is None or peak is None else peak - before
+
+
+def _memory_mib(device: torch.device, *, reset: bool = False) -> float | None:
+    """Most memory in use since the last reset, which gives what is in use now. None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError, AttributeError):  # not a Linux with glibc
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory counts until it is given back
+            Path("/proc/self/clear_refs").write_text("5")
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) / 1024 if found else None
+    return None
 
 
 def _difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
