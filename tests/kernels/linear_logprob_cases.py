@@ -116,10 +116,12 @@ OPTIONS = [
 ]
 
 
-def check_infinite_block(first: int, last: int, *, backend: str, plan: str) -> None:
+def check_infinite_block(
+    first: int, last: int, *, backend: str, plan: str, dtype: torch.dtype = torch.float32
+) -> None:
     """Columns [first, last) at -inf: 0 probability, and no NaN in values or dweight."""
     case = make_case(20, 300)
-    hidden_TD, weight_VD = case.hidden_TD.abs(), case.weight_VD.clone()
+    hidden_TD, weight_VD = case.hidden_TD.abs().to(dtype), case.weight_VD.to(dtype, copy=True)
     weight_VD[first:last] = -torch.inf
     outside = torch.cat([torch.arange(first), torch.arange(last, 300)])
     target_R = outside[case.target_R.clamp(min=0) % len(outside)]
@@ -131,12 +133,12 @@ def check_infinite_block(first: int, last: int, *, backend: str, plan: str) -> N
         logp_R.backward(case.upstream_3R[0].to(dtype))
         return logp_R.detach(), weight.grad
 
-    weight = leaf(weight_VD, torch.float32)
+    weight = leaf(weight_VD, dtype)
     logp_R = linear_logprob(
         hidden_TD, weight, case.row_R, target_R, backend=backend, plan=plan, workspace_mib=1
     ).logp_R
     logp_R.backward(case.upstream_3R[0])
     got = (logp_R.detach(), weight.grad)
-    wanted = (plain(torch.float64), got, plain(torch.float32))
+    wanted = (plain(torch.float64), got, plain(dtype))
     for what, *tensors in zip(("logp", "dweight"), *wanted, strict=True):
         assert_close_to(*tensors, what=what)

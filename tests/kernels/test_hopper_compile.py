@@ -84,9 +84,12 @@ def test_packed_attention(extent: tuple[str, ...], tmp_path: Path) -> None:
 def test_kv_shift_rope(extent: tuple[str, ...], tmp_path: Path) -> None:
     records = compiled("kv_shift_rope", tmp_path, *extent)
     assert {"fwd_kernel", "bwd_kernel"} == {r["kernel"] for r in records}
+    assert any("norms=True" in r["name"] for r in records)
     for record in records:
-        check(record)
+        # Half of the dims turned, interleaved, mixed and normalised at once: no model does that.
+        everything = record["interleaved"] and "mixes=True, norms=True" in record["name"]
+        check(record, may_spill=120 if everything else 0)
         if record["name"].startswith("32/8 heads of 128, 128 dims"):
             # 8 heads of Q with two halves each in one branch of the program, 8 of K, 8 of V: in bf16
-            # a thread's 8 elements are one 16-byte access.
-            assert record["operations"]["STG"] <= 80, record["name"]
+            # a thread's 8 elements are one 16-byte access. Norms add a program's sums: 2 of Q, 2 of K.
+            assert record["operations"]["STG"] <= 84, record["name"]

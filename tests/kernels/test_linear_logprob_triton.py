@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nova_kernels import linear_dpo_loss, linear_logprob
 from nova_kernels.backend import triton_runs_on
-from nova_kernels.linear_logprob._triton_tiles import PROGRAMS, Tile, choose_tile, split_rows
+from nova_kernels.linear_logprob._triton_tiles import Tile, choose_tile
 from nova_kernels.testing import assert_close_to, poison, seeded_normal
 
 if not triton_runs_on(torch.device("cpu")):
@@ -50,9 +50,14 @@ OPTIONS = [
 ]
 
 
+def module(name: str) -> ModuleType:
+    """One that needs Triton."""
+    return importlib.import_module(f"nova_kernels.linear_logprob.{name}")
+
+
 @pytest.fixture
 def triton_path() -> ModuleType:
-    return importlib.import_module("nova_kernels.linear_logprob._triton")
+    return module("_triton")
 
 
 @pytest.fixture
@@ -238,7 +243,7 @@ def test_gradient_of_one_input_alone(plan: str, trained: str, small_tiles: None)
 
 
 @pytest.mark.parametrize("rows", ["repeated", "one", "sorted"])
-def test_sum_rows(rows: str, triton_path: ModuleType) -> None:
+def test_sum_rows(rows: str) -> None:
     """Bits of the sum in the order of row_R, also where one token has every row.
 
     In fp16: the interpreter cuts fp32 off to bf16 instead of rounding it.
@@ -249,21 +254,25 @@ def test_sum_rows(rows: str, triton_path: ModuleType) -> None:
     row_R = {"repeated": row_R, "one": torch.full_like(row_R, 77), "sorted": row_R.sort()[0]}[rows]
     like = torch.empty(T, D, dtype=torch.float16)
     with poison():
-        got = triton_path.sum_rows(dx_RD, row_R, like=like)
+        got = module("_triton_rows").sum_rows(dx_RD, row_R, like=like)
     wanted = torch.zeros(T, D).index_add_(0, row_R, dx_RD)  # on a CPU: in order
     assert torch.equal(got, wanted.half())
 
 
-def test_split_rows() -> None:
+@pytest.mark.parametrize("programs", [132, 66])
+def test_split_rows(programs: int) -> None:
     """Every program has work, the rows of a round fit L2, and 128 programs of 132 are busy."""
+    split_rows = module("_waves").split_rows
     for row_tiles, column_tiles, megabytes in itertools.product(
         (1, 2, 16, 64, 257, 1000), (1, 7, 501, 594), (1, 2, 40)
     ):
-        group, splits = split_rows(row_tiles, column_tiles, megabytes << 20)
+        group, splits = split_rows(row_tiles, column_tiles, megabytes << 20, programs)
         assert 1 <= group <= row_tiles and 1 <= splits <= column_tiles
-        assert group * splits <= PROGRAMS
+        assert group * splits <= programs
         assert group == 1 or group * megabytes <= 32
-    assert split_rows(64, 501, 1 << 20) == (32, 4)  # 8192 rows of D = 4096, V = 128256
+    # 8192 rows of D = 4096, V = 128256; one by one, and in clusters of two
+    assert split_rows(64, 501, 1 << 20) == (32, 4)
+    assert split_rows(32, 501, 2 << 20, 66) == (16, 4)
 
 
 def test_tiles_by_dtype_and_rows() -> None:

@@ -78,10 +78,11 @@ NOVA_DEV void mbar_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
 NOVA_DEV void mbar_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
 }
-NOVA_DEV void mbar_arrive_cluster(uint64_t* bar, uint32_t cta) {  // arrive on the barrier of another CTA
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_to_cta(smem_addr(bar), cta))
-      : "memory");
+// Arrive on the barrier of another CTA. Releases to this CTA only, which is enough where the stage was read
+// by wgmma and that was waited for: `.release.cluster` becomes a MEMBAR.ALL.GPU, one per step of a main loop.
+NOVA_DEV void mbar_arrive_cluster(uint64_t* bar, uint32_t cta) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_cta(smem_addr(bar), cta))
+               : "memory");
 }
 // Returns once the phase with this parity has completed. A fresh barrier is in phase 0: wait(0) blocks until
 // the first phase is done, wait(1) passes at once (so producers start with parity 1 on "empty", consumers
@@ -244,6 +245,11 @@ NOVA_DEV void stmatrix_x4_trans(uint32_t addr, uint32_t a, uint32_t b, uint32_t 
                "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+// 16 bytes to global memory in one instruction: a uint4 assignment was seen to become four of 4 bytes.
+NOVA_DEV void store_16(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 NOVA_DEV uint32_t pack_bf16(float lo, float hi) {  // one cvt.rn.bf16x2; lo = the lower column
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
@@ -252,6 +258,12 @@ NOVA_DEV uint32_t pack_bf16(float lo, float hi) {  // one cvt.rn.bf16x2; lo = th
 NOVA_DEV float exp2_fast(float x) {  // one MUFU; exp2(-inf) = 0 exactly
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+NOVA_DEV float log2_fast(float x) {  // one MUFU; log2(0) = -inf
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -1,7 +1,7 @@
-"""KV shifting and packed RoPE in Triton: one launch over Q, K and V forward, one backward.
+"""KV shifting, packed RoPE and norms in Triton: one launch over Q, K and V forward, one backward.
 
 Legend: T packed tokens, N query heads, K key/value heads, H head dim, F rotary_dim / 2, B blocks of
-tokens. X stands for N or K.
+tokens, G groups of heads of Q and K, M the two mixes. X stands for N or K.
 The design is told in `_triton_kernels.py`.
 """
 
@@ -15,6 +15,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from nova_kernels.kv_shift_rope._triton_kernels import bwd_kernel, fwd_kernel
+from nova_kernels.kv_shift_rope.state import Options, Weights
 from nova_kernels.segments import SegmentIndex
 
 MAX_HEADS = 8
@@ -26,15 +27,14 @@ def kv_shift_rope_triton(
     q_TNH: torch.Tensor,
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
-    mixes: tuple[torch.Tensor | None, torch.Tensor | None],
+    weights: Weights,
     tables: tuple[torch.Tensor, torch.Tensor],
     index: SegmentIndex,
-    *,
-    interleaved: bool,
+    options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The public function's work; arguments are checked. mixes: of keys and of values; tables: cos, sin (P, F)."""
-    q, k, v = _ShiftRope.apply(q_TNH, k_TKH, v_TKH, *mixes, *tables, index, interleaved)
-    return q, k, v_TKH if mixes[1] is None else v
+    """The public function's work; arguments are checked. tables: cos, sin (P, F)."""
+    q, k, v = _ShiftRope.apply(q_TNH, k_TKH, v_TKH, *weights, *tables, index, options)
+    return q, k, v_TKH if weights.v_mix_K2 is None else v
 
 
 class _ShiftRope(torch.autograd.Function):
@@ -46,29 +46,43 @@ class _ShiftRope(torch.autograd.Function):
         v_TKH: torch.Tensor,
         k_mix_K2: torch.Tensor | None,
         v_mix_K2: torch.Tensor | None,
+        q_norm_H: torch.Tensor | None,
+        k_norm_H: torch.Tensor | None,
         cos_PF: torch.Tensor,
         sin_PF: torch.Tensor,
         index: SegmentIndex,
-        interleaved: bool,
+        options: Options,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         inputs = [_last_dim_contiguous(x) for x in (q_TNH, k_TKH, v_TKH)]
-        mixes = [None if mix is None else mix.contiguous() for mix in (k_mix_K2, v_mix_K2)]
+        weights = Weights(
+            *(
+                None if w is None else w.contiguous()
+                for w in (k_mix_K2, v_mix_K2, q_norm_H, k_norm_H)
+            )
+        )
         tables = (cos_PF.contiguous(), sin_PF.contiguous())
-        v_out = None if v_mix_K2 is None else _empty(inputs[2])
-        outputs = (_empty(inputs[0]), _empty(inputs[1]), v_out)
+        q_out = q_TNH if options.inplace_q else _empty(q_TNH)
+        v_out = None if v_mix_K2 is None else _empty(v_TKH)
+        outputs = (q_out, _empty(k_TKH), v_out)
         split = _Split(q_TNH, k_TKH, with_v=v_mix_K2 is not None)
         if split.grid[0]:
             fwd_kernel[split.grid](
-                *inputs, *outputs, *mixes, *tables, index.position_T, index.previous_T,
-                len(q_TNH), *_strides(*inputs), *split.groups, **split.constants(cos_PF, interleaved),
+                *inputs, *outputs, *weights, *tables, index.position_T, index.previous_T,
+                len(q_TNH), options.norm_eps, *_strides(*inputs, q_out), *split.groups,
+                **split.constants(cos_PF, options),
             )  # fmt: skip
-        ctx.save_for_backward(
-            inputs[1] if mixes[0] is not None else None,
-            inputs[2] if mixes[1] is not None else None,
-            *mixes,
-            *tables,
-        )
-        ctx.index, ctx.interleaved = index, interleaved
+        if options.inplace_q:
+            ctx.mark_dirty(q_TNH)
+            if not ctx.needs_input_grad[0]:  # or it would seem to depend on k and v
+                ctx.mark_non_differentiable(q_TNH)
+        raw = (weights.q_norm_H is not None and not options.inplace_q,
+               weights.k_norm_H is not None or weights.k_mix_K2 is not None,
+               weights.v_mix_K2 is not None)  # fmt: skip
+        kept = [x if keep else None for x, keep in zip(inputs, raw, strict=True)]
+        if options.inplace_q:  # neither q nor its norm wants a gradient that needs the norm
+            weights = weights._replace(q_norm_H=None)
+        ctx.save_for_backward(*kept, *weights, *tables)
+        ctx.index, ctx.options = index, options
         return outputs
 
     @staticmethod
@@ -76,29 +90,39 @@ class _ShiftRope(torch.autograd.Function):
     def backward(
         ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor, dv_out: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        k_TKH, v_TKH, k_mix_K2, v_mix_K2, cos_PF, sin_PF = ctx.saved_tensors
+        raw, weights = ctx.saved_tensors[:3], Weights(*ctx.saved_tensors[3:7])
+        cos_PF, sin_PF = ctx.saved_tensors[7:]
         index: SegmentIndex = ctx.index
         upstream = [
             None if x is None else _last_dim_contiguous(x) for x in (dq_out, dk_out, dv_out)
         ]
-        if v_mix_K2 is None:
+        if weights.v_mix_K2 is None:
             upstream[2] = None  # v was passed on as it is
         grads = [None if x is None else _empty(x) for x in upstream]
         split = _Split(dq_out, dk_out, with_v=upstream[2] is not None)
-        partial_BMK2 = dk_out.new_empty((split.grid[0], 2, dk_out.shape[1], 2), dtype=torch.float32)
+        num_blocks, (q_groups, k_groups) = split.grid[0], split.groups
+        partial_BMK2 = dk_out.new_empty((num_blocks, 2, split.K, 2), dtype=torch.float32)
+        normed = weights.q_norm_H is not None or weights.k_norm_H is not None
+        rows = num_blocks if normed else 0
+        partial_BGH = dk_out.new_empty((rows, q_groups + k_groups, split.H), dtype=torch.float32)
         offset_T1, successor_J = index.successors
-        if split.grid[0]:
+        if num_blocks:
             bwd_kernel[split.grid](
-                *upstream, *grads, k_TKH, v_TKH, k_mix_K2, v_mix_K2, cos_PF, sin_PF, partial_BMK2,
+                *upstream, *grads, *raw, *weights, cos_PF, sin_PF, partial_BMK2, partial_BGH,
                 index.position_T, index.previous_T, offset_T1, successor_J,
-                len(dq_out), len(cos_PF), *_strides(*upstream), *_strides(None, k_TKH, v_TKH)[2:],
-                *split.groups, **split.constants(cos_PF, ctx.interleaved),
+                len(dq_out), len(cos_PF), ctx.options.norm_eps, *_strides(*upstream, *raw),
+                *split.groups, **split.constants(cos_PF, ctx.options, N=split.N),
             )  # fmt: skip
-        dmixes = [
-            None if mix is None else partial_BMK2[:, i].sum(0).to(mix.dtype)
-            for i, mix in enumerate((k_mix_K2, v_mix_K2))
+        dweights = Weights(
+            partial_BMK2[:, 0].sum(0),
+            partial_BMK2[:, 1].sum(0),
+            partial_BGH[:, :q_groups].sum((0, 1)),
+            partial_BGH[:, q_groups:].sum((0, 1)),
+        )
+        dweights = [
+            None if w is None else dw.to(w.dtype) for w, dw in zip(weights, dweights, strict=True)
         ]
-        return *grads, *dmixes, None, None, None, None
+        return *grads, *dweights, None, None, None, None
 
 
 class _Split:
@@ -115,14 +139,14 @@ class _Split:
             self.groups[0] + self.groups[1] * (1 + with_v),
         )
 
-    def constants(self, cos_PF: torch.Tensor, interleaved: bool) -> dict[str, Any]:
+    def constants(self, cos_PF: torch.Tensor, options: Options, **more: int) -> dict[str, Any]:
         F = cos_PF.shape[1]
         return {
-            "N": self.N,
+            **more,
             "K": self.K,
             "H": self.H,
             "F": F,
-            "INTERLEAVED": interleaved,
+            "INTERLEAVED": options.interleaved,
             "Q_HEADS": self.q_heads,
             "KV_HEADS": self.kv_heads,
             "BLOCK_T": self.block_t,

@@ -1,4 +1,4 @@
-"""KV shifting and packed RoPE in plain PyTorch, with hand-written gradients.
+"""KV shifting, packed RoPE and RMSNorm per head in plain PyTorch, with hand-written gradients.
 
 Legend: T packed tokens, S segments, N query heads, K key/value heads, H head dim, F rotary_dim / 2,
 P table rows. X stands for N or K.
@@ -11,25 +11,27 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from nova_kernels.kv_shift_rope.state import Options
 from nova_kernels.segments import SegmentIndex
 
 
 def shift_rope(
     x_TXH: torch.Tensor,
     mix_X2: torch.Tensor | None,
-    cos_TF: torch.Tensor | None,
-    sin_TF: torch.Tensor | None,
+    norm_H: torch.Tensor | None,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
     index: SegmentIndex,
-    *,
-    interleaved: bool,
+    options: Options,
 ) -> torch.Tensor:
-    """Mixes each row with its previous token's when there is a mix, rotates it when there are tables.
+    """One of q, k, v: each row is normalised if there is a norm, mixed with its previous token's if there is a mix, and
+    turned if there are tables (cos, sin of each token).
 
-    Computes in at least fp32 and rounds once, to x's dtype, at the end.
+    Computes in at least fp32 and rounds once, to x's dtype, at the end. options.inplace_q: into x.
     """
-    if mix_X2 is None and cos_TF is None:
+    if mix_X2 is None and norm_H is None and tables is None:
         return x_TXH
-    return _ShiftRope.apply(x_TXH, mix_X2, cos_TF, sin_TF, index, interleaved)
+    cos_TF, sin_TF = tables or (None, None)
+    return _ShiftRope.apply(x_TXH, mix_X2, norm_H, cos_TF, sin_TF, index, options)
 
 
 class _ShiftRope(torch.autograd.Function):
@@ -38,40 +40,70 @@ class _ShiftRope(torch.autograd.Function):
         ctx: Any,
         x_TXH: torch.Tensor,
         mix_X2: torch.Tensor | None,
+        norm_H: torch.Tensor | None,
         cos_TF: torch.Tensor | None,
         sin_TF: torch.Tensor | None,
         index: SegmentIndex,
-        interleaved: bool,
+        options: Options,
     ) -> torch.Tensor:
-        y = _wide(x_TXH)
+        y = _normed(_wide(x_TXH), norm_H, options.norm_eps)
         if mix_X2 is not None:
             previous, current = _columns(mix_X2, y.dtype)
             y = (y * current).addcmul_(_previous_rows(y, index), previous)
         if cos_TF is not None and sin_TF is not None:
-            y = _rotate(y, cos_TF, sin_TF, interleaved)
-        # The mix's gradient needs the unmixed input; a rotation needs no activation at all.
-        ctx.save_for_backward(x_TXH if mix_X2 is not None else None, mix_X2, cos_TF, sin_TF)
-        ctx.index, ctx.interleaved, ctx.dtype = index, interleaved, x_TXH.dtype
+            y = _rotate(y, cos_TF, sin_TF, options.interleaved)
+        # Mixing and normalising need the raw input; a rotation needs no activation at all.
+        raw = x_TXH if mix_X2 is not None or norm_H is not None else None
+        ctx.index, ctx.options, ctx.dtype = index, options, x_TXH.dtype
+        if options.inplace_q:
+            ctx.mark_dirty(x_TXH)
+            y, raw = x_TXH.copy_(y), None  # a raw input that a gradient needs has been refused
+        ctx.save_for_backward(raw, mix_X2, norm_H, cos_TF, sin_TF)
         return y.to(x_TXH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TXH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TXH, mix_X2, cos_TF, sin_TF = ctx.saved_tensors
+        x_TXH, mix_X2, norm_H, cos_TF, sin_TF = ctx.saved_tensors
         dx = _wide(dy_TXH)
-        dmix_X2 = None
+        dmix_X2 = dnorm_H = None
         if cos_TF is not None:
-            dx = _rotate(dx, cos_TF, -sin_TF, ctx.interleaved)  # a rotation's transpose
+            dx = _rotate(dx, cos_TF, -sin_TF, ctx.options.interleaved)  # a rotation's transpose
         if mix_X2 is not None:
             previous, current = _columns(mix_X2, dx.dtype)
             if ctx.needs_input_grad[1]:
-                x = _wide(x_TXH)
+                x = _normed(_wide(x_TXH), norm_H, ctx.options.norm_eps)
                 # First over the tokens, then over the head dim: a fixed order, no atomics.
                 dmix_X2 = torch.stack(
                     [(dx * other).sum(0).sum(1) for other in (_previous_rows(x, ctx.index), x)], 1
                 ).to(mix_X2.dtype)
             dx = _add_to_previous_rows(dx * current, dx * previous, ctx.index)
-        return dx.to(ctx.dtype), dmix_X2, None, None, None, None
+        if norm_H is not None:
+            dx, dnorm_H = _norm_gradients(dx, _wide(x_TXH), norm_H, ctx.options.norm_eps)
+        return dx.to(ctx.dtype), dmix_X2, dnorm_H, None, None, None, None
+
+
+def _normed(x_TXH: torch.Tensor, norm_H: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if norm_H is None:
+        return x_TXH
+    return x_TXH * _inverse_rms(x_TXH, eps) * norm_H.to(x_TXH.dtype)
+
+
+def _norm_gradients(
+    dy_TXH: torch.Tensor, x_TXH: torch.Tensor, norm_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx_TXH, and dnorm_H summed over tokens first and then over heads."""
+    inverse_rms = _inverse_rms(x_TXH, eps)
+    unit = x_TXH * inverse_rms
+    dnorm_H = (dy_TXH * unit).sum(0).sum(0).to(norm_H.dtype)
+    dunit = dy_TXH * norm_H.to(dy_TXH.dtype)
+    along = (dunit * unit).mean(-1, keepdim=True)  # what a longer row would change
+    return (dunit - unit * along) * inverse_rms, dnorm_H
+
+
+def _inverse_rms(x_TXH: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / root mean square of each head's row: (T, X, 1)."""
+    return (x_TXH.square().mean(-1, keepdim=True) + eps).rsqrt_()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

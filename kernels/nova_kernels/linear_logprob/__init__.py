@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nova_kernels.backend import resolve, triton_runs_on
+from nova_kernels.backend import cuda_runs_on, resolve, triton_runs_on
 from nova_kernels.checks import check_dtype, check_same_device, check_shape
 from nova_kernels.linear_logprob import reference
 from nova_kernels.linear_logprob.state import (
@@ -119,11 +119,16 @@ def linear_logprob(
 
 
 def _implementation(inputs: Inputs, backend: str) -> ModuleType:
-    """The module whose forward and backward run; "auto" is the reference until Triton is proven."""
-    broken = _broken_triton_rule(inputs)
-    available = ("reference",) if broken else ("reference", "triton")
-    if resolve("linear_logprob", backend, available, why=broken) == "reference":
+    """The module whose forward and backward run; "auto" is the reference until the GPU tests of one have passed."""
+    broken = {"triton": _broken_triton_rule(inputs), "cuda": _broken_cuda_rule(inputs)}
+    available = ["reference", *(name for name, rule in broken.items() if not rule)]
+    chosen = resolve("linear_logprob", backend, available, why=broken.get(backend, ""))
+    if chosen == "reference":
         return reference
+    if chosen == "cuda":
+        from nova_kernels.linear_logprob import _cuda  # needs triton
+
+        return _cuda
     from nova_kernels.linear_logprob import _triton  # needs triton
 
     return _triton
@@ -138,11 +143,29 @@ def _broken_triton_rule(inputs: Inputs) -> str:
         return "triton needs a GPU with a tensor memory accelerator (Hopper or newer)"
     if hidden_TD.dtype != weight_VD.dtype or hidden_TD.dtype == torch.float64:
         return "triton needs hidden_TD and weight_VD both in bf16, fp16 or fp32"
+    return _broken_layout_rule("triton", inputs)
+
+
+def _broken_cuda_rule(inputs: Inputs) -> str:
+    """The rule of the CUDA kernels that these inputs break, or an empty string."""
+    if not cuda_runs_on(inputs.hidden_TD.device):
+        return "cuda needs a Hopper GPU (sm_90), and an extension that was built with nvcc"
+    if not triton_runs_on(inputs.hidden_TD.device):
+        return "cuda needs Triton's package, for its passes over rows"
+    if not inputs.hidden_TD.dtype == inputs.weight_VD.dtype == torch.bfloat16:
+        return "cuda needs hidden_TD and weight_VD both in bf16"
+    return _broken_layout_rule("cuda", inputs)
+
+
+def _broken_layout_rule(backend: str, inputs: Inputs) -> str:
+    hidden_TD, weight_VD = inputs.hidden_TD, inputs.weight_VD
     if not (hidden_TD.is_contiguous() and weight_VD.is_contiguous()):
-        return "triton needs hidden_TD and weight_VD contiguous"
+        return f"{backend} needs hidden_TD and weight_VD contiguous"
     starts = (hidden_TD.data_ptr(), weight_VD.data_ptr(), hidden_TD[:1].nbytes)
     if any(start % 16 for start in starts):
-        return "triton needs rows of hidden_TD and weight_VD that start at multiples of 16 bytes"
+        return (
+            f"{backend} needs rows of hidden_TD and weight_VD that start at multiples of 16 bytes"
+        )
     return ""
 
 

@@ -1,11 +1,8 @@
 """linear_logprob on a GPU: Triton around the products with the weight, cuBLAS for the rest.
 
 Forward, one launch: row tiles times ranges of the vocabulary, each folded into a state, merged.
-Backward, per wave of vocabulary columns with all rows: dz (R, W) in the input's dtype, then
-dW[wave] = dz^T x, complete and in fp32 after this one product, and dx += dz W[wave] in fp32. Plan
-"recompute" forms dz from the logits once more, plan "store" from the exponentials of the forward;
-all else is the same. Everything that scales a row or column of dz (upstream gradient, temperature,
-norms) is multiplied in before its one rounding.
+Backward, per wave of columns: plan "recompute" forms dz from the logits once more, plan "store" from
+the exponentials of the forward; all else is the same, and stands in _waves.py.
 
 Legend: T packed tokens, R response rows, D hidden, V vocabulary columns of this rank,
         W columns of one wave, K ranges or half tiles of columns.
@@ -16,54 +13,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nova_kernels.linear_logprob import _triton_kernels as kernels
-from nova_kernels.linear_logprob import _triton_row_kernels as row_kernels
-from nova_kernels.linear_logprob._triton_tiles import Tile, choose_tile, split_rows
-from nova_kernels.linear_logprob.state import (
-    NORM_EPS,
-    Inputs,
-    Options,
-    RowGradients,
-    RowState,
-    empty_state,
-    merge,
-    merge_over_ranks,
-    present,
+from nova_kernels.linear_logprob._triton_rows import INTERPRETED, inverse_norms
+from nova_kernels.linear_logprob._triton_tiles import Tile, choose_tile
+from nova_kernels.linear_logprob._waves import (
+    Block,
+    Folded,
+    gradients_of,
+    merged,
+    row_scalars,
+    split_rows,
+    stored_bytes,
+    wave_width,
+    whole_state,
 )
+from nova_kernels.linear_logprob.state import Inputs, Options, RowGradients, RowState
 
-INTERPRETED = not isinstance(kernels.fold_kernel, triton.JITFunction)
+__all__ = ["backward", "forward", "stored_bytes"]
+
 WAVE_GROUP = 16  # row tiles walked down before the next column tile: 16 MiB of rows at D = 4096
 
 
-def stored_bytes(inputs: Inputs) -> int:
-    """What plan "store" keeps until backward."""
-    return len(inputs.row_R) * inputs.weight_VD.shape[0] * inputs.weight_VD.element_size()
-
-
-def forward(
-    inputs: Inputs, options: Options, *, store: bool
-) -> tuple[RowState, tuple[Tensor, ...]]:
+def forward(inputs: Inputs, options: Options, *, store: bool) -> Folded:
     """Each row's state over the whole vocabulary; if `store`, exponentials and their maxima."""
-    weight_VD, num_rows = inputs.weight_VD, len(inputs.row_R)
-    if num_rows == 0 or options.num_columns == 0:
-        state, stored = (
-            empty_state(num_rows, weight_VD.new_empty(0, dtype=torch.float32), options),
-            (),
-        )
-    else:
-        with torch.cuda.device_of(weight_VD):
-            state, stored = _fold(inputs, options, store=store)
-    if options.group is not None:
-        state = merge_over_ranks(state, options.group)  # now over the whole vocabulary
-    return state, stored
+    return whole_state(inputs, options, lambda: _fold(inputs, options, store=store))
 
 
-def _fold(inputs: Inputs, options: Options, *, store: bool) -> tuple[RowState, tuple[Tensor, ...]]:
+def _fold(inputs: Inputs, options: Options, *, store: bool) -> Folded:
     """The states over this rank's columns, merged."""
     hidden_TD, weight_VD, row_R, target_R = inputs
     num_rows, D = len(row_R), hidden_TD.shape[1]
@@ -84,7 +64,7 @@ def _fold(inputs: Inputs, options: Options, *, store: bool) -> tuple[RowState, t
         e_desc,
         row_R,
         target_R,
-        _inverse_norms(weight_VD, options),
+        inverse_norms(weight_VD, options),
         state_5KR,
         max_KR,
         num_rows,
@@ -98,15 +78,7 @@ def _fold(inputs: Inputs, options: Options, *, store: bool) -> tuple[RowState, t
         GROUP=group,
         **_launch(tile),
     )
-    max_, sum_, logit, moment, argmax = state_5KR.unbind()
-    by_split = RowState(
-        max_,
-        sum_,
-        logit,
-        moment if options.with_entropy else None,
-        argmax if options.with_argmax else None,
-    )
-    return merge(by_split), stored
+    return merged(state_5KR, options), stored
 
 
 def backward(
@@ -120,41 +92,17 @@ def backward(
     needs_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dhidden_TD summed over the group, dweight_VD), each in its input's dtype."""
-    weight_VD, num_rows = inputs.weight_VD, len(inputs.row_R)
-    dx_RD = dweight_VD = x_RD = None
-    if needs_dhidden:
-        shape = (num_rows, weight_VD.shape[1])
-        dx_RD = torch.zeros(shape, dtype=torch.float32, device=weight_VD.device)
-    if needs_dweight:
-        x_RD = inputs.gathered()
-        dweight_VD = torch.empty_like(weight_VD)
-        dweight_VD[options.num_columns if num_rows else 0 :].zero_()
-    with torch.cuda.device_of(weight_VD):
-        inverse_norm_V = _inverse_norms(weight_VD, options)
-        blocks = _dlogits(inputs, state, stored, gradients, options, inverse_norm_V)
-        for dz_RW, start, stop in blocks:
-            weight_WD = weight_VD[start:stop]
-            if dx_RD is not None:
-                _accumulate(dx_RD, dz_RW, weight_WD)
-            if dweight_VD is not None and inverse_norm_V is None:
-                torch.mm(dz_RW.t(), present(x_RD), out=dweight_VD[start:stop])
-            elif dweight_VD is not None:
-                u_WD = _mm_fp32(dz_RW.t(), present(x_RD))
-                norm_W = present(inverse_norm_V)[start:stop]
-                _project(u_WD, weight_WD, norm_W, out=dweight_VD[start:stop])
-        if dx_RD is None:
-            return None, dweight_VD
-        if options.group is not None and num_rows:
-            dist.all_reduce(dx_RD, group=options.group)  # now summed over the whole vocabulary
-        return sum_rows(dx_RD, inputs.row_R, like=inputs.hidden_TD), dweight_VD
-
-
-def wave_width(inputs: Inputs, options: Options, tile: Tile) -> int:
-    """Columns whose dz, and fp32 dW under NormHead, fit the workspace: whole tiles, at least one."""
-    num_rows, D = len(inputs.row_R), inputs.hidden_TD.shape[1]
-    per_column = num_rows * inputs.weight_VD.element_size() + (4 * D if options.normalize else 0)
-    tiles = max(1, options.workspace_bytes // (per_column * tile.columns))
-    return min(tiles, triton.cdiv(options.num_columns, tile.columns)) * tile.columns
+    with torch.cuda.device_of(inputs.weight_VD):
+        inverse_norm_V = inverse_norms(inputs.weight_VD, options)
+        return gradients_of(
+            inputs,
+            options,
+            _dlogits(inputs, state, stored, gradients, options, inverse_norm_V),
+            x_RD=inputs.gathered() if needs_dweight else None,
+            inverse_norm_V=inverse_norm_V,
+            needs_dhidden=needs_dhidden,
+            needs_dweight=needs_dweight,
+        )
 
 
 def _dlogits(
@@ -164,16 +112,16 @@ def _dlogits(
     gradients: RowGradients,
     options: Options,
     inverse_norm_V: Tensor | None,
-) -> Iterator[tuple[Tensor, int, int]]:
+) -> Iterator[Block]:
     """Per wave: d loss / d (x W^T) in the input's dtype, first and last column."""
     hidden_TD, weight_VD, row_R, target_R = inputs
     num_rows, D = len(row_R), hidden_TD.shape[1]
     if num_rows == 0 or options.num_columns == 0:
         return
     tile = choose_tile(num_rows, weight_VD.element_size(), crowded=False)
-    width = wave_width(inputs, options, tile)
+    width = wave_width(inputs, options, tile.columns)
     dz_RW = weight_VD.new_empty(num_rows, width)
-    rows_8R = _row_scalars(state, gradients, options)
+    rows_8R = row_scalars(state, gradients, options)
     parts = {
         "ENTROPY": gradients.dentropy_R is not None,
         "MAX": gradients.dmax_logit_R is not None,
@@ -226,80 +174,6 @@ def _dlogits(
                 **_launch(tile),
             )
         yield dz_RW[:, : stop - start], start, stop
-
-
-def _row_scalars(state: RowState, gradients: RowGradients, options: Options) -> Tensor:
-    """What one row of dz needs, in the order of kernels._dlogits."""
-    zero_R = torch.zeros_like(state.max_R)
-    dentropy_R, dmax_R = gradients.dentropy_R, gradients.dmax_logit_R
-    rows = [
-        state.max_R,
-        state.sum_R.log2(),
-        state.target_R,
-        gradients.dlogp_R / options.temperature,
-        zero_R if dentropy_R is None else dentropy_R / options.temperature,
-        zero_R if dentropy_R is None else state.entropy(),
-        zero_R if dmax_R is None else dmax_R / options.temperature,
-        zero_R if dmax_R is None else present(state.argmax_R) - options.first_column,
-    ]
-    return torch.stack(rows)
-
-
-def sum_rows(dx_RD: Tensor, row_R: Tensor, *, like: Tensor) -> Tensor:
-    """(T, D) of `like`'s shape and dtype: each token's sum of its rows, in their order in row_R."""
-    out_TD = torch.empty_like(like)
-    num_tokens, D = like.shape
-    if num_tokens == 0:
-        return out_TD
-    sorted_R, order_R = torch.sort(row_R, stable=True)
-    start_T1 = torch.searchsorted(
-        sorted_R, torch.arange(num_tokens + 1, device=row_R.device, dtype=row_R.dtype)
-    )
-    block_t, block_d = (64, 64) if INTERPRETED else (4, 512)
-    row_kernels.sum_rows_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(D, block_d))](
-        dx_RD, order_R, start_T1, out_TD, num_tokens, D=D, BLOCK_T=block_t, BLOCK_D=block_d
-    )
-    return out_TD
-
-
-def _inverse_norms(weight_VD: Tensor, options: Options) -> Tensor | None:
-    """1 / length of each valid row of the weight, under NormHead."""
-    if not options.normalize:
-        return None
-    out_V = torch.empty(options.num_columns, dtype=torch.float32, device=weight_VD.device)
-    grid, blocks = _column_blocks(options.num_columns)
-    row_kernels.inverse_norm_kernel[grid](
-        weight_VD, out_V, options.num_columns, EPS=NORM_EPS, D=weight_VD.shape[1], **blocks
-    )
-    return out_V
-
-
-def _project(u_WD: Tensor, weight_WD: Tensor, inverse_norm_W: Tensor, *, out: Tensor) -> None:
-    grid, blocks = _column_blocks(len(u_WD))
-    row_kernels.project_kernel[grid](
-        u_WD, weight_WD, inverse_norm_W, out, len(u_WD), D=u_WD.shape[1], **blocks
-    )
-
-
-def _column_blocks(num_columns: int) -> tuple[tuple[int], dict[str, int]]:
-    block_v = 64 if INTERPRETED else 4
-    return (triton.cdiv(num_columns, block_v),), {"BLOCK_V": block_v, "BLOCK_D": 512}
-
-
-def _accumulate(dx_RD: Tensor, dz_RW: Tensor, weight_WD: Tensor) -> None:
-    """dx += dz W in fp32."""
-    if dz_RW.dtype == torch.float32:
-        dx_RD.addmm_(dz_RW, weight_WD)
-    elif dz_RW.is_cuda:
-        torch.addmm(dx_RD, dz_RW, weight_WD, out_dtype=torch.float32, out=dx_RD)
-    else:  # a CPU has no product of narrow factors with a wide result
-        dx_RD.addmm_(dz_RW.float(), weight_WD.float())
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
 
 
 def _weight_tiles(inputs: Inputs, options: Options, tile: Tile) -> TensorDescriptor:

@@ -1,15 +1,11 @@
-"""Tile sizes of the Triton kernels, and how rows and columns are shared out: no torch, no Triton.
+"""Tile sizes of the Triton kernels: no torch, no Triton.
 
 Nothing here depends on the GPU's number of multiprocessors, so no result does either.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
-
-L2_ROWS_BYTES = 32 << 20  # gathered rows that stay in a Hopper GPU's L2 (50 MB) while W streams by
-PROGRAMS = 132  # tiles at work at once on an H100, which the split aims at
 
 
 class Tile(NamedTuple):
@@ -52,25 +48,3 @@ def choose_tile(num_rows: int, itemsize: int, *, crowded: bool) -> Tile:
         for rule in RULES
         if itemsize <= rule.itemsize and num_rows <= rule.rows and crowded <= rule.crowded
     )
-
-
-@functools.lru_cache
-def split_rows(row_tiles: int, column_tiles: int, row_tile_bytes: int) -> tuple[int, int]:
-    """(row tiles in flight together, ranges that each of them cuts the vocabulary into).
-
-    A round is `group` row tiles times `splits` ranges, at most PROGRAMS programs. All programs of
-    a range walk W together, so a round reads W from memory once; its rows must stay in L2. The
-    fewest steps of a program win, then the fewest rounds, then the fewest ranges to merge.
-    """
-    most = max(1, min(row_tiles, PROGRAMS, L2_ROWS_BYTES // row_tile_bytes))
-
-    def cost(group: int, splits: int) -> tuple[int, int, int]:
-        rounds = -(-row_tiles // group)
-        return rounds * -(-column_tiles // splits), rounds, splits
-
-    choices = (
-        (group, splits)
-        for group in range(1, most + 1)
-        for splits in range(1, min(column_tiles, PROGRAMS // group) + 1)
-    )
-    return min(choices, key=lambda choice: cost(*choice))

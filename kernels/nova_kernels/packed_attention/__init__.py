@@ -9,8 +9,9 @@ from typing import Literal, overload
 
 import torch
 
-from nova_kernels.backend import resolve, triton_runs_on
+from nova_kernels.backend import cuda_runs_on, resolve, triton_runs_on
 from nova_kernels.checks import check_dtype, check_same_device, check_shape
+from nova_kernels.packed_attention._cuda import broken_rule, packed_attention_cuda
 from nova_kernels.packed_attention.reference import blocked_attention
 from nova_kernels.segments import SegmentIndex, schedule_of
 
@@ -92,13 +93,23 @@ def packed_attention(
         )
     index = schedule_of(schedule, segments_S4, T)
     scale = H**-0.5 if softmax_scale is None else softmax_scale
-    # "auto" takes the reference until the Triton kernels have passed their tests on a GPU.
+    # "auto" takes the first, the reference, until the fused kernels have passed their tests on a GPU.
     fused = triton_runs_on(q_TNH.device) and q_TNH.dtype in _FUSED_DTYPES[q_TNH.device.type]
-    available = ("reference", "triton") if fused and H <= MAX_FUSED_HEAD_DIM else ("reference",)
-    if resolve("packed_attention", backend, available) == "triton":
+    broken = broken_rule(q_TNH, softmax_scale=scale)
+    if not cuda_runs_on(q_TNH.device):
+        broken = "cuda needs a Hopper GPU (sm_90), and the extension built with a CUDA compiler"
+    available = ["reference"]
+    available += ["triton"] if fused and H <= MAX_FUSED_HEAD_DIM else []
+    available += [] if broken else ["cuda"]
+    chosen = resolve(
+        "packed_attention", backend, available, why=broken if backend == "cuda" else ""
+    )
+    if chosen == "triton":
         from nova_kernels.packed_attention._triton import packed_attention_triton
 
         out_TNH, lse_TN = packed_attention_triton(q_TNH, k_TKH, v_TKH, index, softmax_scale=scale)
+    elif chosen == "cuda":
+        out_TNH, lse_TN = packed_attention_cuda(q_TNH, k_TKH, v_TKH, index, softmax_scale=scale)
     else:
         out_TNH, lse_TN = blocked_attention(
             q_TNH, k_TKH, v_TKH, index.host_segments, softmax_scale=scale, return_lse=return_lse

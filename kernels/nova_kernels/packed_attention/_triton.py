@@ -9,14 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nova_kernels import _C
 from nova_kernels.packed_attention._triton_kernels import dkv_kernel, dq_kernel, fwd_kernel
+from nova_kernels.packed_attention.schedule import attention_schedule, loadable
 from nova_kernels.segments import SegmentIndex
 
 LOG2E = math.log2(math.e)
@@ -87,7 +86,7 @@ class _PackedAttention(torch.autograd.Function):
         index: SegmentIndex,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q_TNH, k_TKH, v_TKH = (_loadable(x) for x in (q_TNH, k_TKH, v_TKH))
+        q_TNH, k_TKH, v_TKH = (loadable(x) for x in (q_TNH, k_TKH, v_TKH))
         call = _Call(q_TNH, k_TKH, index)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         lse_TN = q_TNH.new_empty(q_TNH.shape[:2], dtype=torch.float32)
@@ -108,7 +107,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_TNH: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         q_TNH, k_TKH, v_TKH, out_TNH, lse_TN = ctx.saved_tensors
         call: _Call = ctx.call
-        dout_TNH = _loadable(dout_TNH)
+        dout_TNH = loadable(dout_TNH)
         dq_TNH, dk_TKH, dv_TKH = (
             torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in (q_TNH, k_TKH, v_TKH)
@@ -181,33 +180,3 @@ class _Call:
             GROUP=self.group, PACK=self.pack(tile), H=self.H, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
             BLOCK_H=self.block_h, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-
-
-def attention_schedule(
-    index: SegmentIndex, query_tokens: int, key_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key tiles (n, 5) int32 on the index's device; made once per pack and tile size, then kept.
-
-    Built on the host in C++ and copied without waiting for the device.
-    """
-    key = (query_tokens, key_tokens)
-    if key not in index.attention_tiles:
-        segments = np.array(index.host_segments, dtype=np.int32).reshape(-1, 4)
-        device = index.position_T.device
-        index.attention_tiles[key] = tuple(
-            _to_device(torch.from_numpy(tiles), device)
-            for tiles in _C.attention_tiles(segments, query_tokens, key_tokens)
-        )
-    return index.attention_tiles[key]
-
-
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
-
-
-def _loadable(x_TXH: torch.Tensor) -> torch.Tensor:
-    """What a tensor descriptor (TMA) can address: heads side by side, rows and base on 16 bytes."""
-    side_by_side = x_TXH.stride()[1:] == (x_TXH.shape[2], 1)
-    on_16_bytes = [x_TXH.data_ptr(), *(n * x_TXH.element_size() for n in x_TXH.stride()[:2])]
-    fits = side_by_side and all(n % 16 == 0 for n in on_16_bytes)
-    return x_TXH if fits else x_TXH.contiguous()

@@ -26,6 +26,8 @@
 
 using std::isinf;
 using std::isnan;
+using std::max;
+using std::min;
 
 struct uint2 {
   unsigned x, y;

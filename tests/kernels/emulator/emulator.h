@@ -87,9 +87,9 @@ template <int N>
 void tma_store_wait() {
   emulator::Thread& thread = emulator::self();
   emulator::wait_until("its tensor stores", [&thread] {
-    int open = 0;
-    for (auto& group : thread.store_groups) open += *group != 0;
-    return open <= N;
+    for (size_t i = 0; i + N < thread.store_groups.size(); ++i)  // all but the N newest groups
+      if (*thread.store_groups[i] != 0) return false;
+    return true;
   });
 }
 template <int N>
@@ -140,10 +140,15 @@ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, ui
 inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   store_matrix_lines(address, {a, b, c, d}, true);
 }
+inline void store_16(void* p, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a misaligned store of 16 bytes");
+  std::memcpy(p, &v, 16);
+}
 inline uint32_t pack_bf16(float low, float high) {
   return uint32_t(__float2bfloat16_rn(low).bits) | uint32_t(__float2bfloat16_rn(high).bits) << 16;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::self().product_groups.push_back(emulator::self().products); }
