@@ -101,10 +101,9 @@ def load_weights(
     """
     saved = read_description(checkpoint)
     wanted = describe_model(model)
+    then = describe_model(ModelConfig()) | saved.model  # fields that were not there yet
     differing = {
-        k: (saved.model.get(k), v)
-        for k, v in wanted.items()
-        if saved.model.get(k) != v and k != "kv_shift"
+        k: (then.get(k), v) for k, v in wanted.items() if then.get(k) != v and k != "kv_shift"
     }
     if saved.vocab_size != vocab_size:
         differing["vocab_size"] = (saved.vocab_size, vocab_size)

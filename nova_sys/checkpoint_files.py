@@ -98,7 +98,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if newest is None:
         raise ValueError(
             f"{path} is not a checkpoint (no {DESCRIPTION}) and no run folder with one (no checkpoints/step_*); "
-            "give a folder like runs/NAME or runs/NAME/checkpoints/step_00000050"
+            "give a folder like runs/NAME or runs/NAME/checkpoints/step_00000050, or one of Hugging Face (config.json and safetensors)"
         )
     return newest
 

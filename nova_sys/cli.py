@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +22,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+convert = typer.Typer(no_args_is_help=True, help="Hugging Face folders in and out.")
+app.add_typer(convert, name="convert")
+
 Recipe = Annotated[
     Path, typer.Argument(help="A TOML recipe, e.g. launch/recipes/dpo_hh_small.toml.")
 ]
 Checkpoint = Annotated[
-    Path, typer.Argument(help="A run's checkpoints/step_N, or a run folder: its last checkpoint.")
+    Path,
+    typer.Argument(
+        help="A run's checkpoints/step_N, a run folder (its last checkpoint), or a Hugging Face folder."
+    ),
+]
+NewFolder = Annotated[Path, typer.Argument(help="A new folder.")]
+Dtype = Annotated[
+    Literal["keep", "fp32", "bf16", "fp16"], typer.Option(help="Of the weights that are written.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -87,12 +97,13 @@ def train(
 def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Tokenise and pack a recipe's data into its cache, and report what was found."""
     from nova_sys.config_io import check, load_recipe
+    from nova_sys.config_rules import model_ranks
     from nova_sys.data.packing import pack_documents
     from nova_sys.data.prepare import prepare_data
     from nova_sys.start import starting_tokenizer
 
     config = load_recipe(recipe, overrides or [])
-    check(config, config.parallel.tensor * config.parallel.pipeline)  # any machine may prepare
+    check(config, model_ranks(config.parallel))  # any machine may prepare
     capacity = config.data.pack_length
     store = prepare_data(config, starting_tokenizer(config)).store
     lengths = store.document_lengths(config.data.share_prefix)
@@ -220,6 +231,40 @@ def generate(
                 "no prompts: give them after the checkpoint, with --file, or on standard input"
             )
         raise typer.Exit(launch("nova_sys.generate", [*argv, *_set_flags(overrides)], nproc))
+
+
+@convert.command("from-hf")
+def from_hf(
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A Hugging Face folder: config.json, safetensors.")
+    ],
+    out: NewFolder,
+    dtype: Dtype = "keep",
+) -> None:
+    """Make a checkpoint of a Hugging Face folder. (A recipe's model.init_from takes such a folder as it is.)"""
+    from nova_sys.hf.convert import from_hf
+
+    from_hf(source, out, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@convert.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A run's checkpoints/step_N, or a run folder: its last checkpoint."),
+    ],
+    out: NewFolder,
+    dtype: Dtype = "keep",
+    shard_gb: Annotated[
+        float, typer.Option(min=1e-6, help="Largest safetensors file, 10^9 bytes.")
+    ] = 5.0,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads."""
+    from nova_sys.hf.convert import to_hf
+
+    to_hf(checkpoint, out, dtype=dtype, shard_bytes=int(shard_gb * 1e9))
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

@@ -27,7 +27,11 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases but `qkv_bias`.
+
+    Where `init_from` is a Hugging Face folder, its config.json gives every field that decides a shape or a number of the model; a
+    recipe may leave them out, and those it names must agree.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
@@ -40,7 +44,24 @@ class ModelConfig:
     ffn_hidden_size: int = 688
     vocab_size: int = 0
     """0: the tokenizer's. A larger value leaves unused rows. Padded to a multiple of 128 in memory, masked in the loss."""
+    qkv_bias: bool = False
+    """A bias on the projections to queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head, before the rotation (Qwen3)."""
+    sliding_window: int = 0
+    """Tokens that a token may see, itself included; 0: all before it. Attention here sees all, which is the same thing in packs no
+    longer than the window: longer ones are refused."""
     rope_base: float = 10000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """What stretches the rotary frequencies. linear: all divided by `rope_factor`. llama3: the low ones are, those between the two
+    bounds in part (Llama 3.1)."""
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    """llama3: frequencies that turn less often than this in `rope_original_positions` tokens are low."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: those that turn more often than this stay as they are."""
+    rope_original_positions: int = 0
+    """llama3: the context length of the model before it was stretched, tokens."""
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     norm_head: bool = False
@@ -51,7 +72,8 @@ class ModelConfig:
     """identity: previous 0, current 1 (outputs unchanged). random: the paper's U(0,1) current, 1 - that for previous."""
     init_std: float = 0.02
     init_from: str = ""
-    """Checkpoint folder to start from: a run's `checkpoints/step_N`, or a run folder (its last checkpoint). Empty: random weights."""
+    """Where to start: a run's `checkpoints/step_N`, a run folder (its last checkpoint), or a Hugging Face folder (config.json and
+    safetensors). Empty: random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +83,7 @@ class DataConfig:
     train: str | list[str] = ""
     """JSON-lines files, plain or .gz: a path, a glob, or a list of them."""
     tokenizer: str = ""
-    """A SentencePiece .model file, or a folder with Hugging Face tokenizer.json. Empty: the tokenizer of `model.init_from`,
+    """A SentencePiece .model file, or a folder with Hugging Face tokenizer.json. Empty: the tokenizer in `model.init_from`,
     else a SentencePiece model of `model.vocab_size` pieces is trained on the training text and kept in the run folder."""
     template: str = "auto"
     """Chat template: auto (the tokenizer's own for message lists, strings are taken as they are), none, a built-in name
@@ -148,11 +170,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Ranks = tensor * pipeline * data; the data-parallel size is what remains of the world."""
+    """Ranks = tensor * context * pipeline * data; the data-parallel size is what remains of the world."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
 
     tensor: int = 1
+    context: int = 1
+    """Ranks that share one pack, each a stretch of its tokens; in the attention each has all tokens of some heads (Ulysses). For packs whose
+    activations do not fit one GPU."""
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank; above 1 the schedule is interleaved 1F1B."""

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from nova_sys import config as config_module
 from nova_sys.config import RunConfig
 from nova_sys.config_rules import broken_rules, profile_problems
+from nova_sys.hf.config_json import fill_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,13 +57,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a TOML recipe, applies `a.b=c` overrides (the last one wins), checks every type.
 
     A value of an override is TOML; what TOML cannot read is text, so `run.dir=runs/x` needs no
-    quotes. Rules that tie fields together, or to the number of processes, are `check`'s.
+    quotes. Rules that tie fields together, or to the number of processes, are `check`'s. Where
+    `model.init_from` is a Hugging Face folder, its config.json gives the fields of [model].
 
     Raises: ValueError that lists every problem found in the file and in the overrides.
     """
-    text = _read_text(Path(path))
+    return _checked(path, _read_text(Path(path)), overrides)
+
+
+def config_from(overrides: Sequence[str], source: str | Path) -> RunConfig:
+    """`load_recipe` of a recipe that holds nothing. source: what stands in messages as its path."""
+    return _checked(source, "", overrides)
+
+
+def _checked(path: str | Path, text: str, overrides: Sequence[str]) -> RunConfig:
     table = _parse_toml(Path(path), text)
-    problems = [problem for text in overrides if (problem := _apply_override(table, text))]
+    problems = [problem for override in overrides if (problem := _apply_override(table, override))]
+    problems += fill_model(table)
     found = {**_remove_giants(table), **_remove_unknown(table)}
     config = None
     try:

@@ -8,7 +8,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from nova_sys.config import REFERENCE_FREE_LOSSES, VOCAB_MULTIPLE, AlgoConfig, RunConfig
+from nova_sys.config import (
+    REFERENCE_FREE_LOSSES,
+    VOCAB_MULTIPLE,
+    AlgoConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from nova_sys.model_rules import divisors, model_problems
 
 LOSSES_WITH = {  # options of [algo] that only these values of algo.loss read
     "label_smoothing": ("conservative", "robust"),
@@ -23,6 +30,9 @@ POSITIVE = [
     "model.num_kv_heads",
     "model.ffn_hidden_size",
     "model.rope_base",
+    "model.rope_factor",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
     "model.norm_eps",
     "data.pack_length",
     "algo.beta",
@@ -30,6 +40,7 @@ POSITIVE = [
     "optimizer.lr",
     "optimizer.eps",
     "parallel.tensor",
+    "parallel.context",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
     "parallel.timeout_s",
@@ -39,6 +50,8 @@ POSITIVE = [
 NOT_NEGATIVE = [
     "model.head_dim",
     "model.vocab_size",
+    "model.sliding_window",
+    "model.rope_original_positions",
     "model.init_std",
     "data.max_length",
     "data.max_skipped",
@@ -76,12 +89,13 @@ def broken_rules(config: RunConfig, world_size: int) -> list[str]:
         return out_of_range
     return [
         *_folder_problems(config),
-        *_model_problems(config),
+        *model_problems(config),
         *_algo_problems(config.algo),
         *_data_problems(config),
         *_precision_problems(config),
         *_schedule_problems(config),
         *_tensor_problems(config),
+        *_context_problems(config),
         *_layout_problems(config, world_size),
     ]
 
@@ -148,32 +162,6 @@ def _folder_problems(config: RunConfig) -> list[str]:
                 f"{key} = {json.dumps(folder)}: must be written out, since the shell does not expand "
                 f"a ~ there and this program would make a folder of that name; write {written_out}"
             )
-    return problems
-
-
-def _model_problems(config: RunConfig) -> list[str]:
-    model, problems = config.model, []
-    if model.num_heads % model.num_kv_heads:
-        problems.append(
-            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = "
-            f"{model.num_heads}; choose one of {_divisors(model.num_heads)}"
-        )
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    if model.head_dim == 0 and model.hidden_size % model.num_heads:
-        problems.append(
-            f"model.hidden_size = {model.hidden_size}: must be a multiple of model.num_heads = "
-            f"{model.num_heads} when model.head_dim is 0; change one of them, or set model.head_dim"
-        )
-    elif head_dim % 2:
-        problems.append(
-            f"model.head_dim = {head_dim}: must be even, because rotary positions turn pairs of "
-            f"channels; set model.head_dim to {head_dim + 1}"
-        )
-    if model.kv_shift_init == "random" and not model.kv_shift:
-        problems.append(
-            'model.kv_shift_init = "random": has no effect while model.kv_shift is false; '
-            "set model.kv_shift to true, or leave model.kv_shift_init out"
-        )
     return problems
 
 
@@ -301,7 +289,7 @@ def _tensor_problems(config: RunConfig) -> list[str]:
     if uneven:
         problems.append(
             f"parallel.tensor = {parallel.tensor}: must divide {' and '.join(uneven)}; "
-            f"choose one of {_divisors(math.gcd(*split.values()))}"
+            f"choose one of {divisors(math.gcd(*split.values()))}"
         )
     if parallel.sequence and parallel.tensor == 1:
         problems.append(
@@ -313,6 +301,32 @@ def _tensor_problems(config: RunConfig) -> list[str]:
             f"data.pack_length = {config.data.pack_length}: must be a multiple of parallel.tensor "
             f"= {parallel.tensor} with parallel.sequence; for example "
             f"{_next_multiple(config.data.pack_length, parallel.tensor)}"
+        )
+    return problems
+
+
+def model_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that hold one copy of the model between them, and work on one pack at a time."""
+    return parallel.tensor * parallel.context * parallel.pipeline
+
+
+def _context_problems(config: RunConfig) -> list[str]:
+    model, parallel, problems = config.model, config.parallel, []
+    ranks = parallel.tensor * parallel.context
+    if parallel.context == 1:
+        return problems
+    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads}
+    uneven = [f"{name} = {size}" for name, size in heads.items() if size % ranks]
+    if uneven:
+        problems.append(
+            f"parallel.tensor * parallel.context = {parallel.tensor} * {parallel.context} = {ranks}: must divide {' and '.join(uneven)}, because "
+            f"each rank attends with heads of its own; choose a product among {divisors(math.gcd(*heads.values()))}"
+        )
+    pieces = ranks if parallel.sequence else parallel.context
+    if config.data.pack_length % pieces:
+        problems.append(
+            f"data.pack_length = {config.data.pack_length}: must be a multiple of the {pieces} ranks that share its tokens (parallel.context"
+            f"{' * parallel.tensor' if parallel.sequence else ''}); for example {_next_multiple(config.data.pack_length, pieces)}"
         )
     return problems
 
@@ -331,19 +345,21 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             f"parallel.virtual_pipeline = {chunks}: interleaving needs two or more pipeline "
             "stages; set parallel.pipeline to 2 or more, or parallel.virtual_pipeline to 1"
         )
-    model_ranks = parallel.tensor * pipeline
-    if world_size % model_ranks:
+    ranks = model_ranks(parallel)
+    if world_size % ranks:
+        names = {"tensor": parallel.tensor, "context": parallel.context, "pipeline": pipeline}
+        used = {name: size for name, size in names.items() if size > 1 or name != "context"}
         problems.append(
-            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {pipeline} = {model_ranks}:"
+            f"{' * '.join(f'parallel.{name}' for name in used)} = {' * '.join(map(str, used.values()))} = {ranks}:"
             f" must divide the number of processes, {world_size}; start a multiple of "
-            f"{model_ranks} (--nproc {model_ranks}), or lower one of the two"
+            f"{ranks} (--nproc {ranks}), or lower one of them"
         )
         return problems
-    packs, data_size = config.train.global_batch_packs, world_size // model_ranks
+    packs, data_size = config.train.global_batch_packs, world_size // ranks
     if packs % data_size:
         problems.append(
             f"train.global_batch_packs = {packs}: must be a multiple of the data-parallel size, "
-            f"{world_size} processes / {model_ranks} = {data_size}; for example "
+            f"{world_size} processes / {ranks} = {data_size}; for example "
             f"{_next_multiple(packs, data_size)}"
         )
     elif chunks > 1 and (packs // data_size) % pipeline:
@@ -354,10 +370,6 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             f"{_next_multiple(packs, data_size * pipeline)}"
         )
     return problems
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _next_multiple(number: int, step: int) -> int:

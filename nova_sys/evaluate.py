@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from nova_kernels import preference_loss
-from nova_sys.checkpoint_files import read_description
 from nova_sys.config import REFERENCE_FREE_LOSSES, AlgoConfig, RunConfig
 from nova_sys.data.formats import expand_files
 from nova_sys.data.loader import PackLoader
@@ -47,7 +46,14 @@ from nova_sys.parallel import (
     shared_scratch,
 )
 from nova_sys.reference import compute_logps
-from nova_sys.saved_config import EVALUATE, as_toml, config_for, files_of
+from nova_sys.saved_config import (
+    EVALUATE,
+    as_toml,
+    config_for,
+    files_of,
+    rows_of_vocabulary,
+    tokenizer_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +148,7 @@ def evaluate_pairs(
             data=replace(config.data, cache_dir=str(scratch)),
         )
         prepared = main_rank_first(parallel, lambda: prepare_data(config, verify=parallel.is_main))
-        _refuse_other_ids(prepared.tokenizer, ref_folder)
+        _refuse_other_ids(prepared.tokenizer, ref_folder, ref_config)
         store = prepared.store
         logp_B, ref_logp_B = _score(folder, config, store, parallel), None
         if reference is not None:
@@ -156,10 +162,10 @@ def evaluate_pairs(
         return _summary(config.algo, store.report, logp_B, ref_logp_B, tokens_B)
 
 
-def _refuse_other_ids(tokenizer: Tokenizer, reference: Path) -> None:
+def _refuse_other_ids(tokenizer: Tokenizer, reference: Path, config: RunConfig) -> None:
     """Raises: ValueError when the reference's weights do not know the ids that the checkpoint's tokenizer gives."""
-    problem = tokenizer.conflict_with(load_tokenizer(reference / "tokenizer"))
-    num_rows = read_description(reference).vocab_size
+    problem = tokenizer.conflict_with(load_tokenizer(tokenizer_of(reference)))
+    num_rows = rows_of_vocabulary(reference, config)
     if problem is None and tokenizer.vocab_size > num_rows:
         problem = f"{tokenizer.vocab_size} ids in the one, rows for {num_rows} in the other"
     if problem is not None:

@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from nova_sys.checkpoint_files import resolve_checkpoint
 from nova_sys.config import RunConfig
 from nova_sys.data.prompts import Prompt, read_prompts
 from nova_sys.data.records import Message
@@ -26,12 +25,13 @@ from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 from nova_sys.decode import Continuation, Decoder, continue_prompts
 from nova_sys.errors import exit_on_user_error
+from nova_sys.hf.carried import more_stop_ids
 from nova_sys.inference import load_model
 from nova_sys.log import current_rank, setup_logging
 from nova_sys.outputs import refuse_output, say, whole_file
 from nova_sys.parallel import Parallel, current_world_size, parallel_run
 from nova_sys.sampling import Sampling, uniforms
-from nova_sys.saved_config import GENERATE, config_for, files_of
+from nova_sys.saved_config import GENERATE, config_for, files_of, resolve_any, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def generate(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens = {batch_tokens}: must be 1 or more")
     folder, config = config_for(GENERATE, checkpoint, overrides, current_world_size())
-    renderer = Renderer(load_tokenizer(folder / "tokenizer"), config.data.template, "pairs")
+    renderer = Renderer(load_tokenizer(tokenizer_of(folder)), config.data.template, "pairs")
     ids = [_prompt_ids(prompt, renderer, config, sampling) for prompt in asked]
     with parallel_run(config.parallel, seed=config.train.seed) as parallel:
         decoder = Decoder(
@@ -119,7 +119,8 @@ def generate(
             pack_length=config.data.pack_length,
             num_ids=renderer.tokenizer.vocab_size,
         )
-        done = continue_all(decoder, ids, renderer.stop_ids(), sampling, batch_tokens)
+        stop_ids = renderer.stop_ids() | more_stop_ids(folder)
+        done = continue_all(decoder, ids, stop_ids, sampling, batch_tokens)
         for item, continuation in done:
             yield _completion(item, continuation, asked, ids, renderer.tokenizer)
 
@@ -270,7 +271,7 @@ def main(argv: Sequence[str]) -> None:
         prompts += read_prompts(args.stdin_file, "standard input") if args.stdin_file else []
         if args.out:
             inputs = [args.file] if args.file else []
-            inputs += files_of(resolve_checkpoint(args.checkpoint))
+            inputs += files_of(resolve_any(args.checkpoint))
             refuse_output("--out", args.out, inputs)
         completions = generate(
             args.checkpoint,

@@ -1,4 +1,4 @@
-"""Throughput, memory and model-FLOPs utilisation of a step.
+"""Throughput, memory and model-FLOPs utilisation of a step; the scalars of KV shifting.
 
 FLOPs are what the packs needed, not what ran: padding, recomputation and masked attention tiles do not count. A multiply-add is two
 FLOPs; the backward pass costs twice the forward.
@@ -15,12 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nova_sys.config import ModelConfig
+from nova_sys.config import ModelConfig, RunConfig
 from nova_sys.data.batch import Pack
 from nova_sys.parallel import Parallel
 
 # Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_BF16_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+KV_SHIFT_TAGS = {
+    "k_mix_K2": ("kv_shift/k_previous", "kv_shift/k_current"),
+    "v_mix_K2": ("kv_shift/v_previous", "kv_shift/v_current"),
+}
+"""Parameter -> TensorBoard tags of its two columns."""
 
 
 def attention_area(segments_S4: np.ndarray) -> int:
@@ -115,3 +120,32 @@ class StepClock:
         }
         record["mfu"] = flops / step_time_s / world / self.peak_flops
         return record
+
+
+def kv_shift_histograms(
+    chunks: Sequence[torch.nn.Module], config: RunConfig, parallel: Parallel, step: int
+) -> dict[str, np.ndarray]:
+    """The scalars of KV shifting by TensorBoard tag, over all layers and KV heads of the model, every `log.every_steps` steps; else
+    nothing. Called on every rank; the same on all of them.
+
+    Collectives: one all-gather of this rank's scalars (4 per layer and KV head, fp32) over the ranks that share the model.
+    """
+    log = config.log
+    if not (config.model.kv_shift and log.tensorboard) or step % log.every_steps:
+        return {}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in KV_SHIFT_TAGS}
+    for chunk in chunks:
+        for path, weight in chunk.named_parameters():
+            name = path.rpartition(".")[2]
+            if name in found:
+                found[name].append(weight.detach().float())
+    ours = torch.stack([torch.cat(weights) for weights in found.values()])  # (k or v, heads, 2)
+    group = parallel.groups.mp
+    everywhere = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, ours, group=group)  # now every layer's and every head's
+    joined = torch.cat(everywhere, dim=1).cpu().numpy()
+    return {
+        tag: joined[i, :, column]
+        for i, tags in enumerate(KV_SHIFT_TAGS.values())
+        for column, tag in enumerate(tags)
+    }

@@ -1,6 +1,6 @@
 """Process groups of a run: the only file that touches Megatron's parallel_state. Groups travel downward as arguments.
 
-Ranks are ordered tensor-parallel first, then data-parallel, then pipeline: neighbours share a node's fast links.
+Ranks are ordered tensor-parallel first, then context-parallel, then data-parallel, then pipeline: neighbours share a node's fast links.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Parallel:
     world_size: int
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     virtual_size: int
@@ -61,8 +63,8 @@ class Parallel:
 
     @property
     def counts_once(self) -> bool:
-        """True on one rank per data-parallel replica: last pipeline stage, first tensor-parallel rank. Sums count there."""
-        return self.is_last_stage and self.tensor_rank == 0
+        """True on one rank per data-parallel replica: last pipeline stage, first tensor- and context-parallel rank. Sums count there."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     def first_stage(self, chunk: int) -> bool:
         return self.pipeline_rank == 0 and chunk == 0
@@ -77,7 +79,8 @@ class Parallel:
 
     def describe(self) -> str:
         return (
-            f"{self.world_size} ranks = tensor {self.tensor_size}{' + sequence' if self.sequence else ''} x pipeline "
+            f"{self.world_size} ranks = tensor {self.tensor_size}{' + sequence' if self.sequence else ''}"
+            f"{f' x context {self.context_size}' if self.context_size > 1 else ''} x pipeline "
             f"{self.pipeline_size}{f' x {self.virtual_size} chunks' if self.virtual_size > 1 else ''} x data {self.data_size}"
         )
 
@@ -93,12 +96,13 @@ def build_parallel(config: ParallelConfig, *, seed: int, hangs_dir: Path | None 
     """Joins the job (NCCL on GPUs, gloo without), builds every group, seeds Megatron's random trackers, and starts the watchdog.
 
     Args:   hangs_dir: folder for the reports of ranks when one stops answering; None: they go to standard error.
-    Raises: ValueError when tensor * pipeline does not divide the world size.
+    Raises: ValueError when tensor * context * pipeline does not divide the world size.
     """
     world = current_world_size()
-    if world % (config.tensor * config.pipeline):
+    model_ranks = config.tensor * config.context * config.pipeline
+    if world % model_ranks:
         raise ValueError(
-            f"parallel: tensor={config.tensor} * pipeline={config.pipeline} = {config.tensor * config.pipeline} does not divide "
+            f"parallel: tensor={config.tensor} * context={config.context} * pipeline={config.pipeline} = {model_ranks} does not divide "
             f"the {world} ranks of this job; lower one of them, or start a multiple of that many ranks with --nproc"
         )
     use_cpu_threads()
@@ -129,6 +133,7 @@ def build_parallel(config: ParallelConfig, *, seed: int, hangs_dir: Path | None 
         config.tensor,
         config.pipeline,
         config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
     )
     torch.manual_seed(seed)
@@ -138,6 +143,8 @@ def build_parallel(config: ParallelConfig, *, seed: int, hangs_dir: Path | None 
         world_size=world,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=config.tensor,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=config.context,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=config.pipeline,
         virtual_size=config.virtual_pipeline,

@@ -16,7 +16,7 @@ def plan_text(config: RunConfig, world_size: int) -> str:
     data = prepare_data(config, starting_tokenizer(config))
     model, parallel, train = config.model, config.parallel, config.train
     vocab_size = model.vocab_size or data.tokenizer.vocab_size
-    data_size = world_size // (parallel.tensor * parallel.pipeline)
+    data_size = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
     loader = PackLoader(
         data.store,
         pack_length=config.data.pack_length,
@@ -29,9 +29,10 @@ def plan_text(config: RunConfig, world_size: int) -> str:
     steps = train.steps or loader.steps_for(train.epochs)
     check_profile(config, steps)
     tokens = int(data.store.document_lengths(config.data.share_prefix).sum())
+    context = f"x context {parallel.context} " if parallel.context > 1 else ""
     lines = {
         "algorithm": config.algo.name + (f" (beta {config.algo.beta}, reference: {config.algo.reference})" if config.algo.name == "dpo" else ""),
-        "layout": f"{world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_size}"
+        "layout": f"{world_size} ranks = tensor {parallel.tensor} {context}x pipeline {parallel.pipeline} x data {data_size}"
         + (f", {parallel.virtual_pipeline} chunks per stage" if parallel.virtual_pipeline > 1 else "")
         + (", sequence parallel" if parallel.sequence else ""),
         "model": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads of {head_dim(model)}, "

@@ -15,15 +15,19 @@ from nova_sys.checkpoint_files import (
     resolve_checkpoint,
 )
 from nova_sys.config import RunConfig
-from nova_sys.config_io import TYPES, check, load_recipe
+from nova_sys.config_io import TYPES, check, config_from, load_recipe
+from nova_sys.hf.config_json import CONFIG, default_pack_length, is_hf_folder, read_model
 
 # A checkpoint remembers the layout it was trained on; it is used on one rank unless the caller says otherwise.
 ONE_RANK = (
     "parallel.tensor=1",
+    "parallel.context=1",
     "parallel.pipeline=1",
     "parallel.virtual_pipeline=1",
     "parallel.sequence=false",
 )
+NO_DATA = 'data.train="none"'
+"""A converted model has no training data; commands that read data name it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ EVALUATE = Command(
     "evaluate",
     (
         *_BOTH,
+        "parallel.context",
         "train.seed",
         "data.max_length",
         "data.share_prefix",
@@ -79,13 +84,18 @@ def as_toml(value: str | list[str]) -> str:
 def checkpoint_config(
     checkpoint: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Path, RunConfig]:
-    """The checkpoint folder and the configuration it was saved with, overridden.
+    """The checkpoint folder and the configuration it was saved with, overridden; of a Hugging Face folder the defaults, and its model.
 
     Raises: ValueError for a folder that is no checkpoint, or a damaged one, and for overrides that are none.
     """
+    if is_hf_folder(checkpoint):
+        folder, text = Path(checkpoint), as_toml(str(checkpoint))
+        own = [f"model.init_from={text}", f"data.tokenizer={text}", NO_DATA]
+        own += [f"data.pack_length={default_pack_length(read_model(folder)[1])}"]
+        return folder, config_from([*own, *overrides], folder / CONFIG)
     folder = resolve_checkpoint(checkpoint)
     refuse_damaged(folder)
-    own = [f"data.tokenizer={as_toml(str(folder / 'tokenizer'))}"]
+    own = [f"data.tokenizer={as_toml(str(tokenizer_of(folder)))}", NO_DATA, 'model.init_from=""']
     if (folder / TEMPLATE).is_file():
         own.append(f"data.template={as_toml(str(folder / TEMPLATE))}")
     return folder, load_recipe(folder / "config.toml", [*ONE_RANK, *own, *overrides])
@@ -121,6 +131,25 @@ def _refuse_ignored(command: Command, override: str) -> None:
     )
 
 
+def resolve_any(path: str | Path) -> Path:
+    """`resolve_checkpoint`, which a Hugging Face folder passes as it is."""
+    return Path(path) if is_hf_folder(path) else resolve_checkpoint(path)
+
+
+def tokenizer_of(checkpoint: Path) -> Path:
+    """The folder of the tokenizer of a checkpoint, or of a Hugging Face folder."""
+    return checkpoint if is_hf_folder(checkpoint) else checkpoint / "tokenizer"
+
+
+def rows_of_vocabulary(checkpoint: Path, config: RunConfig) -> int:
+    """Ids that the model of a checkpoint, or of a Hugging Face folder, has a row for. config: what `checkpoint_config` gave for it."""
+    if is_hf_folder(checkpoint):
+        return config.model.vocab_size
+    return read_description(checkpoint).vocab_size
+
+
 def files_of(checkpoint: Path) -> list[Path]:
     """The files that a checkpoint consists of."""
+    if is_hf_folder(checkpoint):
+        return sorted(path for path in checkpoint.iterdir() if path.is_file())
     return [checkpoint / name for name in (DESCRIPTION, *read_description(checkpoint).files)]

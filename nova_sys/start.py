@@ -17,10 +17,11 @@ from nova_sys.checkpoint_files import (
     latest_checkpoint,
     read_description,
     refuse_damaged,
-    resolve_checkpoint,
 )
-from nova_sys.config import RunConfig
+from nova_sys.config import ModelConfig, RunConfig
 from nova_sys.config_io import to_toml
+from nova_sys.hf.config_json import is_hf_folder, read_model
+from nova_sys.saved_config import resolve_any, tokenizer_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,17 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 NEWER_FIELDS = ("train.precision", "parallel.distributed_optimizer")
 """Older checkpoints do not have these `run_fields`."""
+NEWER_MODEL_FIELDS = (
+    "qkv_bias",
+    "qk_norm",
+    "sliding_window",
+    "rope_scaling",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_positions",
+)
+"""Older checkpoints do not have these either; their models are those of the defaults."""
 LENGTH = ("train.steps", "train.epochs")
 
 
@@ -66,9 +78,10 @@ def find_start(config: RunConfig) -> Start:
     if begun:  # and ended before its first checkpoint: the same run starts over, another one may not take its place
         _refuse_another_run(run_dir, _left_by(run_dir), run_fields(config))
     if init_from is not None:
-        init_from = resolve_checkpoint(init_from)
-        refuse_damaged(init_from)
-        return Start(None, init_from, _identity_of(init_from, config), init_from / "tokenizer")
+        init_from = resolve_any(init_from)
+        if not is_hf_folder(init_from):
+            refuse_damaged(init_from)
+        return Start(None, init_from, _identity_of(init_from, config), tokenizer_of(init_from))
     return Start(None, None, _identity_of(None, config), None)
 
 
@@ -105,7 +118,7 @@ def first_weights(start: Start, config: RunConfig) -> Path | None:
     """The checkpoint that holds the weights of step 0, or None for random ones. Raises: ValueError when it is another one by now."""
     if start.init_from is None:
         return None
-    folder = resolve_checkpoint(start.init_from)
+    folder = resolve_any(start.init_from)
     if _identity_of(folder, config) != start.identity:
         raise ValueError(
             f"model.init_from={config.model.init_from} is no longer the checkpoint that this run started from, and the reference needs "
@@ -116,6 +129,8 @@ def first_weights(start: Start, config: RunConfig) -> Path | None:
 
 def starting_tokenizer(config: RunConfig) -> Path | None:
     """The tokenizer that the run's weights come with, for commands that prepare data without training."""
+    if is_hf_folder(config.model.init_from) and latest_checkpoint(Path(config.run.dir)) is None:
+        return Path(config.model.init_from)  # without reading the weights
     return find_start(config).tokenizer_dir
 
 
@@ -143,6 +158,7 @@ def run_fields(config: RunConfig) -> dict[str, Any]:
 
 def _refuse_another_run(run_dir: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     ours, saved = _flat(json.loads(json.dumps(ours))), _flat(saved)  # lists and tuples alike
+    saved = {f"model.{name}": getattr(ModelConfig(), name) for name in NEWER_MODEL_FIELDS} | saved
     differing = [
         f"{k}: {saved.get(k)} there, {v} here"
         for k, v in ours.items()
@@ -190,6 +206,13 @@ def _identity_of(init_from: Path | None, config: RunConfig) -> str:
     model, seed = config.model, config.train.seed
     if init_from is None:
         return json.dumps(["random", asdict(model) | {"init_from": None}, seed, torch.__version__])
-    saved = read_description(init_from)
-    drawn = [model.kv_shift_init, seed] if model.kv_shift and not saved.model["kv_shift"] else None
-    return json.dumps([saved.identity, drawn])
+    if is_hf_folder(init_from):
+        from nova_sys.hf.folder import HFFolder, identity_of
+
+        shifts = read_model(init_from)[1].kv_shift
+        identity = identity_of(init_from, HFFolder(init_from).files)
+    else:
+        saved = read_description(init_from)
+        shifts, identity = saved.model["kv_shift"], saved.identity
+    drawn = [model.kv_shift_init, seed] if model.kv_shift and not shifts else None
+    return json.dumps([identity, drawn])

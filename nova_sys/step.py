@@ -82,7 +82,7 @@ def train_step(
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         collected = run_schedule(
-            chunks, packs, partial(_loss, algorithm), parallel, forward_only=False
+            chunks, packs, partial(_loss, algorithm, parallel), parallel, forward_only=False
         )
         width = 3 + len(algorithm.metric_names)
         sums = torch.zeros(width, dtype=torch.float64, device=parallel.device)
@@ -109,10 +109,12 @@ def train_step(
 
 
 def _loss(
-    algorithm: Algorithm, logp_R: torch.Tensor, pack: DevicePack
+    algorithm: Algorithm, parallel: Parallel, logp_R: torch.Tensor, pack: DevicePack
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = algorithm.loss(logp_R, pack)
-    return out.loss_sum, out.count, torch.cat([out.count[None].double(), out.metric_sums])
+    # Ranks that share a pack all compute its loss, each for the gradient of its own rows; the schedule adds the counts of all ranks.
+    count = out.count * int(parallel.context_rank == 0)
+    return out.loss_sum, count, torch.cat([out.count[None].double(), out.metric_sums])
 
 
 class NonFiniteStep(ArithmeticError):
@@ -159,7 +161,11 @@ def packs_with_faulty_gradient(
                 chunk.zero_grad_buffer()
             with parallel.watchdog.phase("faulty step, pack by pack"):
                 run_schedule(
-                    chunks, [pack] * copies, partial(_loss, algorithm), parallel, forward_only=False
+                    chunks,
+                    [pack] * copies,
+                    partial(_loss, algorithm, parallel),
+                    parallel,
+                    forward_only=False,
                 )
             square = torch.stack([gradient_square(chunk) for chunk in chunks]).sum()
             if not square.item() <= MAX_GRADIENT_SQUARE:

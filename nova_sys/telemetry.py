@@ -18,6 +18,7 @@ from nova_sys.config import LogConfig
 from nova_sys.log import console
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.profiler import ProfilerAction, profile
     from torch.utils.tensorboard import SummaryWriter
 
@@ -102,8 +103,8 @@ class Telemetry:
         if self.problem is None and log.progress and console().is_terminal:
             self._bar = _Bar(algorithm, start_step, total_steps)
 
-    def step(self, record: Record) -> None:
-        """Writes and shows one step. Raises: ValueError for a name that is not in `TAGS`."""
+    def step(self, record: Record, histograms: Mapping[str, np.ndarray] | None = None) -> None:
+        """Writes and shows one step; histograms: values by TensorBoard tag. Raises: ValueError for a name that is not in `TAGS`."""
         if not self._is_main:
             return
         unknown = [name for name in record if name != "step" and name not in TAGS]
@@ -117,7 +118,7 @@ class Telemetry:
         try:
             if self.problem is None and self._metrics:
                 self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-                self._write_scalars(step, values)
+                self._write_tensorboard(step, values, histograms or {})
         except OSError as error:
             self._note(error, step)
         self._show(step, values)
@@ -153,11 +154,19 @@ class Telemetry:
                 if file:
                     file.close()
 
-    def _write_scalars(self, step: int, values: dict[str, float | int | None]) -> None:
+    def _write_tensorboard(
+        self,
+        step: int,
+        values: dict[str, float | int | None],
+        histograms: Mapping[str, np.ndarray],
+    ) -> None:
+        if not self._writer:
+            return
         for name, value in values.items():
-            if self._writer and name != "step" and value is not None:
-                tag = TAGS[name].format(algo=self._algorithm)
-                self._writer.add_scalar(tag, value, step)
+            if name != "step" and value is not None:
+                self._writer.add_scalar(TAGS[name].format(algo=self._algorithm), value, step)
+        for tag, numbers in histograms.items():
+            self._writer.add_histogram(tag, numbers, step)
 
     def _show(self, step: int, values: dict[str, float | int | None]) -> None:
         shown = [

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_sys.algo import build_algorithm
-from nova_sys.checkpoint import Checkpointer, load_weights, new_identity
+from nova_sys.checkpoint import Checkpointer, new_identity
 from nova_sys.checkpoint_files import TEMPLATE, Description, describe_model, read_description
 from nova_sys.config import RunConfig
 from nova_sys.config_io import check_profile, to_toml
@@ -21,7 +21,9 @@ from nova_sys.data.chat import is_template_file
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.errors import ToldStop
-from nova_sys.metrics import StepClock
+from nova_sys.hf.carried import carried_texts
+from nova_sys.hf.weights import load_any_weights
+from nova_sys.metrics import StepClock, kv_shift_histograms
 from nova_sys.model.build import build_model, head_dim, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.non_finite import explain_non_finite
@@ -54,6 +56,9 @@ class Trainer:
         self.lock = RunLock(self.run_dir)
         from_main(parallel, self.lock.acquire)
         self.start = from_main(parallel, lambda: find_start(config))
+        self.carried = from_main(
+            parallel, lambda: carried_texts(self.start.resume_from or self.start.init_from)
+        )
         self.dtype = choose_dtype(config.train.precision, parallel.device)
         self.algorithm = build_algorithm(config.algo)
         self.data = main_rank_first(
@@ -172,9 +177,10 @@ class Trainer:
         )
         with watchdog.phase("metrics"):
             record |= self.clock.record(packs, time.perf_counter() - began, data_wait_s)
+            histograms = kv_shift_histograms(self.chunks, self.config, self.parallel, step + 1)
         if self.algorithm.name == "sft":
             del record["pairs_per_s"]
-        self.telemetry.step(record)
+        self.telemetry.step(record, histograms)
         watchdog.warm = True
 
     def _values(self, result: StepResult | None) -> Record:
@@ -248,7 +254,7 @@ class Trainer:
 
     def _texts(self) -> dict[str, str]:
         """What a checkpoint needs besides weights and tokenizer, by the name of its file."""
-        texts = {"config.toml": to_toml(self.config)}
+        texts = {"config.toml": to_toml(self.config), **self.carried}
         if is_template_file(self.config.data.template):
             texts[TEMPLATE] = self.data.store.meta["template"]
         return texts
@@ -301,7 +307,7 @@ class Trainer:
         """The weights of step 0 into `chunks`, which are random so far."""
         folder = from_main(self.parallel, lambda: first_weights(self.start, self.config))
         if folder is not None:
-            load_weights(folder, chunks, self.config.model, self.vocab_size)
+            load_any_weights(folder, chunks, self.config.model, self.vocab_size)
 
     def _build_loader(self) -> PackLoader:
         """The loader, with reference log-probs attached when the algorithm wants them from the cache."""

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from nova_kernels import kv_shift_rope, packed_attention
-from nova_kernels.kv_shift_rope import rope_tables
 from nova_kernels.segments import SegmentIndex
+from nova_sys.config import ModelConfig
 from nova_sys.model.cache import DecodeLayout, PromptRows, decode_attention, mix, rotate, wide
+from nova_sys.model.context_parallel import heads_to_tokens, stretch, tokens_to_heads
+from nova_sys.model.rope import model_rope_tables
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,23 @@ class PackedCoreAttention(torch.nn.Module):
         self,
         config: TransformerConfig,
         *,
-        kv_shift: bool,
-        rope_base: float,
+        model: ModelConfig,
         max_positions: int,
         backend: str,
         layer_number: int,
+        pg_collection: ProcessGroupCollection,
         **_: Any,  # attn_mask_type, attention_type, ...: Megatron passes them to every core attention
     ) -> None:
         super().__init__()
         head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
-        cos_PF, sin_PF = rope_tables(max_positions, head_dim, rope_base)
+        cos_PF, sin_PF = model_rope_tables(model, max_positions, head_dim)
         self.register_buffer("cos_PF", cos_PF, persistent=False)
         self.register_buffer("sin_PF", sin_PF, persistent=False)
         self.backend = backend
         self.layer_number = layer_number
+        self.context = pg_collection.cp if pg_collection.cp.size() > 1 else None
         self.k_mix_K2 = self.v_mix_K2 = None
-        if kv_shift:
+        if model.kv_shift:
             heads = (
                 config.num_query_groups or config.num_attention_heads
             ) // config.tensor_model_parallel_size
@@ -92,14 +96,20 @@ class PackedCoreAttention(torch.nn.Module):
         if isinstance(layout, DecodeLayout):
             return self._decode(q_TNH, k_TKH, v_TKH, layout)
         segments_S4, index = layout.segments_S4, layout.index
+        k_mix_K2, v_mix_K2 = self.k_mix_K2, self.v_mix_K2
+        if self.context is not None:  # from here on N and K are this rank's heads
+            q_TNH, k_TKH, v_TKH = (tokens_to_heads(x, self.context) for x in (q_TNH, k_TKH, v_TKH))
+            if k_mix_K2 is not None and v_mix_K2 is not None:
+                heads = stretch(len(k_mix_K2), self.context)
+                k_mix_K2, v_mix_K2 = k_mix_K2[heads], v_mix_K2[heads]
         raw = (k_TKH, v_TKH)
         q_TNH, k_TKH, v_TKH = kv_shift_rope(
             q_TNH,
             k_TKH,
             v_TKH,
             segments_S4,
-            self.k_mix_K2,
-            self.v_mix_K2,
+            k_mix_K2,
+            v_mix_K2,
             self.cos_PF,
             self.sin_PF,
             schedule=index,
@@ -110,6 +120,8 @@ class PackedCoreAttention(torch.nn.Module):
         out_TNH = packed_attention(
             q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend
         )
+        if self.context is not None:
+            out_TNH = heads_to_tokens(out_TNH, self.context)
         return out_TNH.flatten(1)
 
     def _decode(

@@ -54,6 +54,10 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> int:
     layer = attention + 3 * width * model.ffn_hidden_size + 2 * width
     if model.kv_shift:
         layer += 4 * model.num_kv_heads
+    if model.qkv_bias:
+        layer += dim * (model.num_heads + 2 * model.num_kv_heads)
+    if model.qk_norm:
+        layer += 2 * dim
     embeddings = vocab_size * width * (1 if model.tied_embeddings else 2)
     return model.num_layers * layer + embeddings + width
 
@@ -94,6 +98,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,  # sums these norms' gradients over the tensor-parallel ranks, which have other heads
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -108,6 +114,7 @@ def transformer_config(
         output_layer_init_method=_leave_as_is,
         embedding_init_method=_leave_as_is,
         tensor_model_parallel_size=parallel.tensor_size,
+        context_parallel_size=parallel.context_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_size
         if parallel.virtual_size > 1
@@ -133,19 +140,15 @@ def build_model(
     backend: str = "auto",
 ) -> list[PackedGPT]:
     """This rank's chunks of the model (one per virtual pipeline stage), initialised from `seed`."""
-    attention = core_attention_spec(
-        kv_shift=model.kv_shift,
-        rope_base=model.rope_base,
-        max_positions=max_positions,
-        backend=backend,
-    )
+    attention = core_attention_spec(model, max_positions=max_positions, backend=backend)
+    layer = layer_spec(attention, qk_norm=model.qk_norm)
     layers_per_chunk = model.num_layers // (parallel.pipeline_size * parallel.virtual_size)
     chunks = []
     for chunk in range(parallel.virtual_size):
         gpt = PackedGPT(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(  # pyright: ignore[reportArgumentType]
-                layer_specs=[layer_spec(attention)] * layers_per_chunk,
+                layer_specs=[layer] * layers_per_chunk,
                 layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
             ),
             vocab_size=padded_vocab_size(vocab_size),
@@ -160,6 +163,7 @@ def build_model(
         if gpt.post_process:
             LogprobOutputLayer.adopt(
                 gpt.output_layer,
+                groups=parallel.groups,
                 vocab_size=vocab_size,
                 normalize_weight=model.norm_head,
                 backend=backend,
@@ -180,7 +184,7 @@ def shards_of(chunk: PackedGPT) -> Iterator[ShardedTensor]:
 
 @torch.no_grad()
 def initialize_weights(chunks: list[PackedGPT], model: ModelConfig, seed: int) -> None:
-    """normal(0, init_std); projections into the residual stream / sqrt(2 layers); norms 1; KV-shift scalars by config."""
+    """normal(0, init_std); projections into the residual stream / sqrt(2 layers); norms 1; biases 0; KV-shift scalars by config."""
     for chunk in chunks:
         for shard in shards_of(chunk):
             assert shard.data is not None
@@ -207,6 +211,8 @@ def _initial_value(shard: ShardedTensor, model: ModelConfig, seed: int) -> torch
         return torch.stack([1 - current_K, current_K], dim=1)
     if "norm" in name:
         return torch.ones(shape)
+    if name.partition("@")[0].endswith(".bias"):
+        return torch.zeros(shape)
     std = model.init_std
     if "linear_proj" in name or "linear_fc2" in name:
         std /= math.sqrt(2 * model.num_layers)

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from nova_sys.data.batch import DevicePack
 from nova_sys.model.attention import PackLayout
 from nova_sys.model.cache import DecodeLayout
+from nova_sys.model.context_parallel import stretch
 from nova_sys.model.output_layer import LogprobOutputLayer
 
 
@@ -17,11 +18,15 @@ class PackedGPT(GPTModel):
     forward(pack) returns
       - on the last stage: logp_R (R,) fp32, the log-probability of each response row's target;
       - on other stages: hidden (T, 1, D), or (T/tp, 1, D) under sequence parallelism.
+    With a context-parallel group a rank's T is its stretch of the pack, but rows and log-probs are the whole pack's.
     """
 
     def forward(self, pack: DevicePack) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         layout = PackLayout(pack.segments_S4, pack.index)
-        return self.run(pack.tokens_T, layout, pack.row_R, pack.target_R)
+        tokens_T, context = pack.tokens_T, self.pg_collection.cp
+        if context.size() > 1:
+            tokens_T = tokens_T[stretch(len(tokens_T), context)]
+        return self.run(tokens_T, layout, pack.row_R, pack.target_R)
 
     def run(
         self,

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from nova_sys.config import ModelConfig
 from nova_sys.model.attention import PackedCoreAttention
 
 
@@ -36,7 +37,8 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x_SBD, (x_SBD.size(-1),), self.weight, self.eps)
 
 
-def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
+def layer_spec(core_attention: ModuleSpec, *, qk_norm: bool) -> ModuleSpec:
+    head_norm: Any = RMSNorm if qk_norm else None  # Megatron's places for it, before core_attention
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -44,6 +46,8 @@ def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=core_attention,  # pyright: ignore[reportArgumentType]
             linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
@@ -64,14 +68,9 @@ def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
 
 
 def core_attention_spec(
-    *, kv_shift: bool, rope_base: float, max_positions: int, backend: str = "auto"
+    model: ModelConfig, *, max_positions: int, backend: str = "auto"
 ) -> ModuleSpec:
     return ModuleSpec(
         module=PackedCoreAttention,
-        params={
-            "kv_shift": kv_shift,
-            "rope_base": rope_base,
-            "max_positions": max_positions,
-            "backend": backend,
-        },
+        params={"model": model, "max_positions": max_positions, "backend": backend},
     )

@@ -135,9 +135,9 @@ def whole_gradients(trainer: Any) -> Whole:
     if trainer.config.parallel.distributed_optimizer:
         for buffer in (buffer for chunk in trainer.ddp for buffer in chunk.buffers):
             for bucket in buffer.buckets:
-                shards = list(bucket.grad_data.chunk(parallel.data_size))
-                mine = shards[parallel.data_rank].clone()
-                dist.all_gather(shards, mine, group=parallel.groups.dp)  # now the whole sum
+                group = parallel.groups.dp_cp
+                shards = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)  # now the sum
     parameters = [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
     weights = [parameter.clone() for parameter in parameters]
     for parameter in parameters:

@@ -75,6 +75,7 @@ PLAIN = {"parallel.distributed_optimizer": False}
 TP2 = {"parallel.tensor": 2}
 TP2_SP = {**TP2, "parallel.sequence": True}
 PP2 = {"parallel.pipeline": 2}
+CP2 = {"parallel.context": 2}
 PP2_VPP2 = {**PP2, "parallel.virtual_pipeline": 2}
 FOUR = {**TP2_SP, **PP2}
 
@@ -96,6 +97,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "5 steps, KV shift": KV,
     "5 steps, tied, NormHead": TIED,
     "5 steps, SFT": {"algo.name": "sft"},
+    "5 steps, KV shift, 4 KV heads": {**KV, "model.num_kv_heads": 4},
     "every document": {},
     "every document, KV shift": KV,
     "every document, fp64": {**PLAIN, "optimizer.grad_clip": 0.0},  # Megatron clips fp32 only
@@ -114,6 +116,8 @@ CASES = {
         "5 steps", 2, "PP2, VPP2, own reference cache", {**PP2_VPP2, **OWN_CACHE}
     ),
     "dp2": Case("5 steps", 2, "DP2"),
+    "cp2": Case("5 steps", 2, "CP2, own reference cache", {**CP2, **OWN_CACHE}),
+    "cp2-dp2": Case("5 steps", 4, "CP2, DP2, recomputation: full", {**CP2, **FULL}),
     "tp2-dp2": Case("5 steps", 4, "TP2, DP2", TP2),
     "tp2-pp2-sp": Case("5 steps", 4, "TP2, SP, PP2", FOUR),
     "pp2-vpp2-dp2": Case("5 steps", 4, "PP2, VPP2, DP2", PP2_VPP2),
@@ -125,6 +129,9 @@ CASES = {
         "TP2, SP, PP2, VPP2, recomputation: full, online reference",
         {**FOUR, **PP2_VPP2, **FULL, **ONLINE},
     ),
+    "cp2-pp2-kv": Case("5 steps, KV shift", 4, "CP2, PP2, VPP2", {**CP2, **PP2_VPP2}),
+    "one-kv4": Case("5 steps, KV shift, 4 KV heads", 1, "one rank"),
+    "tp2-cp2-sp": Case("5 steps, KV shift, 4 KV heads", 4, "TP2, SP, CP2", {**TP2_SP, **CP2}),
     "one-tied": Case("5 steps, tied, NormHead", 1, "one rank"),
     "pp2-tied": Case("5 steps, tied, NormHead", 2, "PP2", PP2),
     "tp2-sp-tied": Case("5 steps, tied, NormHead", 2, "TP2, SP", TP2_SP),
@@ -142,6 +149,7 @@ CASES = {
     "all64-dp2": Case("every document, fp64", 2, "4 packs, DP2", FOUR_PACKS),
     "all64-tp2-sp": Case("every document, fp64", 2, "4 packs, TP2, SP", {**FOUR_PACKS, **TP2_SP}),
     "all64-vpp2": Case("every document, fp64", 2, "4 packs, PP2, VPP2", {**FOUR_PACKS, **PP2_VPP2}),
+    "all64-cp2": Case("every document, fp64", 2, "4 packs, CP2", {**FOUR_PACKS, **CP2}),
     "all64-four": Case("every document, fp64", 4, "4 packs, TP2, SP, PP2", {**FOUR_PACKS, **FOUR}),
     "epoch": Case("one epoch", 1, "1 pack", {**ONE_PACK, **EPOCH}),
     "epoch-empty": Case("one epoch", 1, "4 packs and 4 empty ones", HALF_EMPTY),

@@ -95,15 +95,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     write_pairs(folder / "pairs.jsonl", 40)
     same = {"data.tokenizer": f"{folder}/dp2/tokenizer"}
+    cp = {**same, "parallel.context": 2}
     pp, online = {**same, **TP2_PP2}, {**same, "algo.reference": "online"}
     often = {**same, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
     jobs: list[tuple[int, list[Part]]] = [
-        (2, [("dp2", {}, 0), ("dp2-dp2", same, 3), ("dp2-dp2", same, 0), ("dp2-dp4", same, 3)]),
+        (
+            2,
+            [
+                ("dp2", {}, 0),
+                ("dp2-dp2", same, 3),
+                ("dp2-dp2", same, 0),
+                ("dp2-dp4", same, 3),
+                ("cp-one", cp, 3),
+            ],
+        ),
         (4, [("pp", pp, 0), ("pp-pp", pp, 3), ("pp-pp", pp, 0), ("pp-one", pp, 3)]),
         (4, [("dp2-dp4", same, 0)]),
         (1, [("one", same, 0), ("one-one", same, 3), ("one-one", often, 7), ("one-one", same, 0)]),
         (1, [("one-edges", same, 1), ("one-edges", same, EPOCH), ("one-edges", same, 0)]),
         (1, [("mixed", online, 3), ("mixed", same, 7), ("mixed", online, 0), ("pp-one", same, 0)]),
+        (1, [("cp-one", same, 0)]),
     ]
     for num_ranks in (2, 4, 1):
         parts = [part for ranks, some in jobs if ranks == num_ranks for part in some]
@@ -141,9 +152,9 @@ def test_same_layout_bit_for_bit(folder: Path, stopped: str, whole: str) -> None
     assert [key for key in a if not np.array_equal(a[key], b[key])] == []
 
 
-@pytest.mark.parametrize("stopped", ["pp-one", "dp2-dp4", "mixed"])
+@pytest.mark.parametrize("stopped", ["pp-one", "cp-one", "dp2-dp4", "mixed"])
 def test_another_layout_to_rounding(folder: Path, stopped: str) -> None:
-    """TP2 x PP2 -> one rank, DP2 -> DP4; also from one reference mode to the other and back. The same documents in every step."""
+    """TP2 x PP2 -> one rank, CP2 -> one rank, DP2 -> DP4; also from one reference mode to the other and back. The same documents in every step."""
     for row, expected in zip(rows(folder / stopped), rows(folder / "one"), strict=True):
         for key in ("step", "epoch", "fill", "num_pairs", "num_tokens", "lr", "skipped"):
             assert row.get(key) == expected.get(key), key

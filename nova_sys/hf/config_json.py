@@ -1,0 +1,344 @@
+"""config.json of a Hugging Face folder and `[model]` of a recipe, both ways.
+
+Read: as transformers 4 writes it (rope_theta, rope_scaling, torch_dtype) and as 5 does (rope_parameters, dtype). Written: what was
+read, with the model's own values in its places; without such a file as transformers 4 does, which 5 reads too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nova_sys.config import DataConfig, ModelConfig
+from nova_sys.hf.families import FAMILIES, OPTIONS, Family
+
+CONFIG = "config.json"
+NAMES = {  # our field: theirs
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
+ROPE_NAMES = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_positions": "original_max_position_embeddings",
+}
+ROPE_TYPES = {  # ours: theirs, and what it reads
+    "none": ("default", ()),
+    "linear": ("linear", ("rope_factor",)),
+    "llama3": ("llama3", tuple(ROPE_NAMES)),
+}
+ONLY = {  # a key that is there must have one of these values: nothing here computes the others
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "attention_dropout": (0, 0.0),
+    "conv_window": (2,),
+    "quantization_config": (None,),
+}
+FROM_FOLDER = (
+    "num_kv_heads",
+    "head_dim",
+    "qkv_bias",
+    "qk_norm",
+    "norm_head",
+    "kv_shift",
+    "tied_embeddings",
+    "sliding_window",
+    "norm_eps",
+    "rope_base",
+    "rope_scaling",
+    *ROPE_NAMES,
+    *NAMES,
+)
+"""The fields of [model] that a folder decides."""
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """A folder with config.json that is no checkpoint of ours."""
+    try:
+        return (Path(path) / CONFIG).is_file() and not (Path(path) / "nova.json").exists()
+    except OSError:
+        return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises: ValueError when config.json is no JSON object."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} cannot be read ({error}); a Hugging Face folder needs it. Download or export the model again"
+        ) from None
+    return config
+
+
+def read_model(folder: Path) -> tuple[Family, ModelConfig]:
+    """The family and the model that config.json describes.
+
+    Raises: ValueError that lists everything in it that no model here computes, and everything that is missing.
+    """
+    config = read_config(folder)
+    problems: list[str] = []
+    family = _family(config, problems)
+    if family is None:
+        raise ValueError(_told(folder, problems))
+    config = family.defaults | config
+    fields: dict[str, Any] = {
+        ours: _number(config, theirs, problems) for ours, theirs in NAMES.items()
+    }
+    problems += [
+        f"{key} = {json.dumps(config[key])[:80]}: must be {' or '.join(json.dumps(v) for v in dict.fromkeys(allowed))} or left out"
+        for key, allowed in ONLY.items()
+        if key in config and config[key] not in allowed and config[key] is not None
+    ]
+    fields |= _rope_fields(config, problems)
+    fields |= {option: option in family.has for option in OPTIONS}
+    fields["num_kv_heads"] = config.get("num_key_value_heads") or fields["num_heads"]
+    fields["head_dim"] = config.get("head_dim") or 0
+    fields["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
+    fields["tied_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    fields["sliding_window"] = _window(config)
+    if not problems:
+        problems += _family_problems(family, fields, config)
+    if problems:
+        raise ValueError(_told(folder, problems))
+    if fields["head_dim"] * fields["num_heads"] == fields["hidden_size"]:
+        fields["head_dim"] = 0
+    return family, ModelConfig(**fields)
+
+
+def _told(folder: Path, problems: list[str]) -> str:
+    listed = "".join(f"\n  {problem}" for problem in problems)
+    return f"{folder / CONFIG} describes a model that this version cannot use:{listed}"
+
+
+def _family(config: dict[str, Any], problems: list[str]) -> Family | None:
+    named = config.get("architectures") or []
+    for family in FAMILIES:
+        if named == [family.architecture] or (
+            not named and config.get("model_type") == family.model_type
+        ):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    problems.append(f"architectures = {json.dumps(named)}: must be one of {known}")
+    return None
+
+
+def _number(config: dict[str, Any], key: str, problems: list[str]) -> int:
+    value = config.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    problems.append(f"{key} = {json.dumps(value)}: must be a whole number above 0")
+    return 1
+
+
+def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """rope_parameters (transformers 5), or rope_theta and rope_scaling (4)."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        problems.append(
+            f"rope_parameters = {json.dumps(given)[:200]}: must be one rule for all layers"
+        )
+        return {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    base = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    ours = next((name for name, (theirs, _) in ROPE_TYPES.items() if theirs == kind), None)
+    if ours is None:
+        problems.append(
+            f"rope_scaling of type {json.dumps(kind)}: must be linear or llama3, or none"
+        )
+        return {}
+    if given.get("partial_rotary_factor", 1) != 1:
+        problems.append(f"partial_rotary_factor = {given['partial_rotary_factor']}: must be 1")
+    fields: dict[str, Any] = {"rope_scaling": ours, "rope_base": base}
+    for name in ROPE_TYPES[ours][1]:
+        value = given.get(ROPE_NAMES[name])
+        if value is None and name == "rope_original_positions":
+            value = config.get("max_position_embeddings")  # where transformers looks, too
+        fields[name] = value
+    for name, value in fields.items():
+        if name != "rope_scaling" and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
+            theirs = ROPE_NAMES.get(name, "rope_theta")
+            problems.append(
+                f"{theirs} = {json.dumps(value)}: must be a number, for rope_scaling of type {kind}"
+            )
+        elif name != "rope_scaling":
+            fields[name] = int(value) if name == "rope_original_positions" else float(value)
+    return fields
+
+
+def _window(config: dict[str, Any]) -> int:
+    """The smallest window that any layer has; 0 where all see everything."""
+    layers = config.get("layer_types") or []
+    if layers and "sliding_attention" not in layers:
+        return 0
+    if config.get("use_sliding_window") is False or config.get("sliding_window_layers") == []:
+        return 0
+    return int(config.get("sliding_window") or 0)
+
+
+def _family_problems(family: Family, fields: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    problems = []
+    heads, kv_heads = fields["num_heads"], fields["num_kv_heads"]
+    if not fields["head_dim"] and fields["hidden_size"] % heads:
+        problems.append(
+            f"hidden_size = {fields['hidden_size']}: must be a multiple of num_attention_heads = {heads}"
+        )
+    if heads % kv_heads:
+        problems.append(
+            f"num_key_value_heads = {kv_heads}: must divide num_attention_heads = {heads}"
+        )
+    if not family.grouped and kv_heads != heads:
+        problems.append(
+            f"num_key_value_heads = {kv_heads}: a {family.architecture} has as many as num_attention_heads = {heads}"
+        )
+    if fields["tied_embeddings"] and not family.may_tie:
+        problems.append(
+            f"tie_word_embeddings = true: the output layer of a {family.architecture} is its own"
+        )
+    if family.model_type == "baichuan" and "max_position_embeddings" not in config:
+        problems.append(
+            "no max_position_embeddings: this is the 13B model, whose positions are ALiBi's; only rotary ones are there"
+        )
+    sliding = config.get("sliding_window_layers") or []
+    others = (
+        config.get("num_swa_attention_heads") or heads,
+        config.get("num_swa_key_value_heads") or kv_heads,
+    )
+    if sliding and others != (heads, kv_heads):
+        problems.append(
+            f"sliding_window_layers = {json.dumps(sliding)[:80]}: these layers have {others[0]} heads and {others[1]} key/value heads, the "
+            f"others {heads} and {kv_heads}; all layers must have the same"
+        )
+    return problems
+
+
+def default_pack_length(model: ModelConfig) -> int:
+    """Where no recipe says it: the recipes' default, unless the model's window is smaller."""
+    default = DataConfig().pack_length
+    return min(default, model.sliding_window or default)
+
+
+def disagreements(given: dict[str, Any], folder: Path, there: ModelConfig) -> list[str]:
+    """Fields of [model] that are set to something else than the folder holds. KV shifting may be added to a model without it."""
+    problems = []
+    for name in FROM_FOLDER:
+        ours, theirs = given.get(name), getattr(there, name)
+        same = (
+            ours == theirs
+            or (name == "vocab_size" and ours == 0)
+            or (name == "kv_shift" and ours is True)
+        )
+        if name == "head_dim" and ours:
+            same = ours == (theirs or there.hidden_size // there.num_heads)
+        if name in given and not same:
+            problems.append(
+                f"model.{name} = {json.dumps(ours)}: the model in {folder} has {json.dumps(theirs)}; leave model.{name} out, or set it so"
+            )
+    return problems
+
+
+def fill_model(table: dict[str, Any]) -> list[str]:
+    """Puts into a recipe's tables what the folder of `model.init_from` says of the model. Returns what the recipe says otherwise."""
+    section = table.get("model")
+    source = section.get("init_from") if isinstance(section, dict) else None
+    if not (
+        isinstance(section, dict) and isinstance(source, str) and source and is_hf_folder(source)
+    ):
+        return []
+    try:
+        there = read_model(Path(source))[1]
+    except ValueError as error:
+        return [str(error)]
+    problems = disagreements(section, Path(source), there)
+    shift = section.get("kv_shift", False)
+    section |= {name: getattr(there, name) for name in FROM_FOLDER}
+    section["kv_shift"] = there.kv_shift or shift
+    return problems
+
+
+def refuse_other_model(
+    model: ModelConfig, vocab_size: int, folder: Path, there: ModelConfig
+) -> None:
+    """Raises: ValueError that lists the fields of [model] that are not the folder's."""
+    problems = disagreements(vars(model) | {"vocab_size": vocab_size}, folder, there)
+    if problems:
+        raise ValueError(
+            "\n".join([f"{folder} holds another model:", *(f"  {p}" for p in problems)])
+        )
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------------
+
+
+def family_for(model: ModelConfig, like: dict[str, Any]) -> Family:
+    """The family that computes what `model` does: that of `like` (a config.json) if it does, else the first one.
+
+    Raises: ValueError when there is none.
+    """
+    has = {option for option in OPTIONS if getattr(model, option)}
+    fitting = [
+        family
+        for family in FAMILIES
+        if set(family.has) == has
+        and (family.may_tie or not model.tied_embeddings)
+        and (family.grouped or model.num_kv_heads == model.num_heads)
+    ]
+    of_like = [family for family in fitting if [family.architecture] == like.get("architectures")]
+    if not fitting:
+        options = {**dict.fromkeys(sorted(has), True), "tied_embeddings": model.tied_embeddings}
+        described = ", ".join(
+            f"model.{key} = {json.dumps(value)}" for key, value in options.items()
+        )
+        known = "; ".join(
+            f"{f.architecture}: {', '.join(f.has) or 'none of them'}" for f in FAMILIES
+        )
+        raise ValueError(
+            f"no Hugging Face architecture here computes a model with {described}, {model.num_heads} heads and {model.num_kv_heads} "
+            f"key/value heads (options of each: {known}); train a model of one of them to export it"
+        )
+    return (of_like or fitting)[0]
+
+
+def write_config(
+    model: ModelConfig, vocab_size: int, family: Family, dtype: str, *, like: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json of an export; `like` is the one that the model came with, {} if it did not come from such a folder."""
+    config = dict(like) if like.get("architectures") == [family.architecture] else {}
+    config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}
+    config["vocab_size"] = vocab_size
+    if family.grouped:
+        config["num_key_value_heads"] = model.num_kv_heads
+    if model.head_dim or "head_dim" in config:
+        config["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
+    config |= {"rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings}
+    config.setdefault("hidden_act", "silu")
+    if "layer_types" not in config and (model.sliding_window or "sliding_window" in config):
+        config["sliding_window"] = model.sliding_window or config["sliding_window"]
+    _write_rope(config, model)
+    names = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(names, dtype)
+
+
+def _write_rope(config: dict[str, Any], model: ModelConfig) -> None:
+    """In the form that is there already; transformers 4's where there is none."""
+    kind, read = ROPE_TYPES[model.rope_scaling]
+    scaling: dict[str, Any] = {ROPE_NAMES[name]: getattr(model, name) for name in read}
+    if "rope_parameters" in config:
+        scaling = {"rope_type": kind, "rope_theta": model.rope_base, **scaling}
+        config["rope_parameters"] = {**config["rope_parameters"], **scaling}
+        return
+    config["rope_theta"] = model.rope_base
+    if scaling or "rope_scaling" in config:
+        config["rope_scaling"] = {"rope_type": kind, **scaling} if scaling else None

@@ -1,0 +1,198 @@
+"""`nova convert`: a Hugging Face folder to a checkpoint of ours, and back. On the CPU, in one process, one tensor at a time.
+
+What is written appears whole or not at all, and never where something is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nova_sys.checkpoint_files import (
+    DESCRIPTION,
+    TEMPLATE,
+    Description,
+    describe_model,
+    file_sizes,
+    read_description,
+    resolve_checkpoint,
+    sync_to_disk,
+)
+from nova_sys.config import DataConfig, RunConfig
+from nova_sys.config_io import load_recipe, to_toml
+from nova_sys.data.chat import BUILT_IN
+from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
+from nova_sys.hf.carried import carried_config, carried_texts, exported_texts
+from nova_sys.hf.config_json import (
+    CONFIG,
+    default_pack_length,
+    family_for,
+    is_hf_folder,
+    write_config,
+)
+from nova_sys.hf.dist_files import CheckpointReader, CheckpointWriter
+from nova_sys.hf.export_tokenizer import make_loadable
+from nova_sys.hf.families import Row, dims_of, our_shape, shape_of, table_of
+from nova_sys.hf.folder import HFFolder
+from nova_sys.hf.safetensors_writer import Planned, write_sharded
+from nova_sys.hf.weights import fill_rows, their_tensor
+
+Dtype = Literal["keep", "fp32", "bf16", "fp16"]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def from_hf(source: Path, out: Path, *, dtype: Dtype = "keep") -> None:
+    """Writes a checkpoint of ours at step 0: weights, tokenizer and template of the folder, no optimizer state.
+
+    Raises: ValueError when the folder is no such model, or `out` exists, or the disk refuses.
+    """
+    if not is_hf_folder(source):
+        raise ValueError(f"{source} has no {CONFIG}: give a Hugging Face folder")
+    folder = HFFolder(source)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > folder.model.vocab_size:
+        raise ValueError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its {CONFIG} rows for {folder.model.vocab_size}; every id needs "
+            "a row. Correct the folder"
+        )
+    config = RunConfig(
+        model=folder.model,
+        data=DataConfig(pack_length=default_pack_length(folder.model)),
+    )
+    with _whole_folder(out) as partial:
+        writer = CheckpointWriter(partial)
+        try:
+            for ours, layer in _our_tensors(folder):
+                writer.write(
+                    ours, _ours(folder, ours, layer, dtype), layer, folder.model.num_layers
+                )
+            writer.finish()
+        finally:
+            writer.close()
+        (partial / "config.toml").write_text(to_toml(config))
+        tokenizer.save(partial / "tokenizer")
+        for name, text in carried_texts(source).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        described = Description(
+            step=0,
+            model=describe_model(folder.model),
+            vocab_size=folder.model.vocab_size,
+            run={},
+            data_key="",
+            start_identity="",
+            world_size=1,
+            device="cpu",
+            identity=uuid.uuid4().hex,
+            files=file_sizes(partial),
+        )
+        (partial / DESCRIPTION).write_text(json.dumps(asdict(described), indent=1))
+
+
+def _our_tensors(folder: HFFolder) -> Iterator[tuple[str, int | None]]:
+    """(name, layer) of every tensor of ours."""
+    for ours in dict.fromkeys(row.ours for row in folder.rows if not row.in_layers):
+        yield ours, None
+    for layer in range(folder.model.num_layers):
+        for ours in dict.fromkeys(row.ours for row in folder.rows if row.in_layers):
+            yield ours, layer
+
+
+def _ours(folder: HFFolder, ours: str, layer: int | None, dtype: Dtype) -> torch.Tensor:
+    kept = folder.dtype_of(ours)
+    shape = our_shape(ours, folder.dims, padded=True)
+    out = torch.empty(shape, dtype=TORCH_DTYPES.get(dtype, kept))
+    fill_rows(folder, ours, layer, 0, out)
+    return _finite(out, f"{ours} of layer {layer}")
+
+
+def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Raises: ValueError when the tensor holds no numbers; in fp16 the largest is 65504."""
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"{name} is not finite in {str(tensor.dtype).removeprefix('torch.')}: the weights are damaged, or exceed its range; use a "
+            "checkpoint that is whole, or --dtype bf16"
+        )
+    return tensor
+
+
+def to_hf(
+    checkpoint: Path, out: Path, *, dtype: Dtype = "keep", shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes a folder that transformers loads: safetensors of at most `shard_bytes` each, config.json, tokenizer and template.
+
+    Memory: about three times the largest tensor (the file's bytes, the tensor, the look at whether it is finite), whatever the model's size.
+    Raises: ValueError when no architecture computes this model, or `out` exists, or the disk refuses.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    reader, vocab_size = CheckpointReader(checkpoint), read_description(checkpoint).vocab_size
+    saved = load_recipe(checkpoint / "config.toml", ['model.init_from=""'])
+    model, like = saved.model, carried_config(checkpoint)
+    family = family_for(model, like)
+    dims = dims_of(model, vocab_size)
+    planned = []
+    for row in table_of(family, model):
+        kept = TORCH_DTYPES.get(dtype) or reader.dtype(row.ours)
+        for layer in range(model.num_layers) if row.in_layers else [None]:
+            name = row.name if layer is None else row.in_layer(layer)
+            planned.append((Planned(name, kept, shape_of(row.shape, dims)), row, layer))
+
+    def tensor(row: Row, layer: int | None, kept: torch.dtype) -> torch.Tensor:
+        whole = their_tensor(row, layer, dims, kept, reader.rows)
+        return _finite(whole, row.name if layer is None else row.in_layer(layer))
+
+    names = [plan.dtype for plan, _, _ in planned]
+    main_dtype = str(max(set(names), key=names.count)).removeprefix("torch.")
+    with _whole_folder(out) as partial:
+        write_sharded(
+            partial,
+            [plan for plan, _, _ in planned],
+            (tensor(row, layer, plan.dtype) for plan, row, layer in planned),
+            shard_bytes=shard_bytes,
+        )
+        config = write_config(model, vocab_size, family, main_dtype, like=like)
+        texts = {CONFIG: json.dumps(config, indent=2) + "\n", **exported_texts(checkpoint)}
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        tokenizer.save(partial)
+        make_loadable(partial)
+        _write_template(partial, checkpoint, saved.data.template, tokenizer)
+
+
+def _write_template(partial: Path, checkpoint: Path, template: str, tokenizer: Tokenizer) -> None:
+    """The template that the model was trained with, where that is not the tokenizer's own. BOS is ours to write before a built-in
+    one; whoever applies it there gets it from the template."""
+    if (checkpoint / TEMPLATE).is_file():
+        text = (checkpoint / TEMPLATE).read_text(encoding="utf-8")
+    elif template in BUILT_IN:
+        text = ("{{- bos_token }}" if tokenizer.bos_id is not None else "") + BUILT_IN[template]
+    else:
+        return
+    (partial / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder that gets its name when everything in it is on the disk. Raises: ValueError when `out` exists."""
+    if out.exists():
+        raise ValueError(f"{out} exists already, and nothing is written over it; name a new folder")
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync_to_disk(partial)
+        partial.rename(out)
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written ({error}); make room, or name a folder elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
