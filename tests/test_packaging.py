@@ -52,7 +52,8 @@ def test_wheel_has_every_module_of_the_packages(wheel_names: set[str]) -> None:
     extensions = {
         name
         for name in packaged
-        if name.startswith(("nova_kernels/_C.", "nova_kernels/_C_cuda.")) and not name.endswith(".pyi")
+        if name.startswith(("nova_kernels/_C.", "nova_kernels/_C_cuda."))
+        and not name.endswith(".pyi")
     }
     assert len(extensions) == 1 + bool(shutil.which("nvcc"))
     assert packaged - extensions == expected

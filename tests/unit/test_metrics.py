@@ -10,9 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nova_sys.config import ModelConfig
+from nova_sys.config import LogConfig, ModelConfig, RunConfig
 from nova_sys.data.batch import Pack
-from nova_sys.metrics import StepClock, attention_area, training_flops
+from nova_sys.metrics import (
+    KV_SHIFT_TAGS,
+    StepClock,
+    attention_area,
+    kv_shift_histograms,
+    training_flops,
+)
 
 
 def test_attention_area_counts_allowed_pairs() -> None:
@@ -73,3 +79,64 @@ def test_a_step_waits_for_the_rank_that_waits_longest(monkeypatch: pytest.Monkey
     assert record["data_wait_ms"] == pytest.approx(80.0)
     assert record["peak_gib"] == 3.0
     assert (record["tokens_per_s"], record["pairs_per_s"], record["fill"]) == (60, 6, 0.75)
+
+
+class _Attention(torch.nn.Module):
+    """A layer's scalars: previous 10 l + head, current 100 more; the values' are negative."""
+
+    def __init__(self, layer: int, heads: range) -> None:
+        super().__init__()
+        previous = torch.tensor([10.0 * layer + head for head in heads])
+        mix_K2 = torch.stack([previous, previous + 100], dim=1)
+        self.k_mix_K2 = torch.nn.Parameter(mix_K2.bfloat16())
+        self.v_mix_K2 = torch.nn.Parameter(-mix_K2.bfloat16())
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+
+def _kv_shift_run(**log: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(kv_shift=True), log=LogConfig(every_steps=5, **log))
+
+
+def test_kv_shift_histograms_hold_every_head_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks: two pipeline stages of two chunks each, two tensor-parallel ranks of two heads each."""
+
+    def chunks_of(stage: int, tensor: int) -> list[torch.nn.Module]:
+        heads = range(2 * tensor, 2 * tensor + 2)
+        return [torch.nn.Sequential(_Attention(layer, heads)) for layer in (stage, stage + 2)]
+
+    def all_gather(outputs: list[torch.Tensor], ours: torch.Tensor, group: Any) -> None:
+        """What the other ranks would send: the same tensor, of their chunks."""
+        assert group == "mp"
+        for output, rank in zip(outputs, range(4), strict=True):
+            layers = [chunk[0] for chunk in chunks_of(rank // 2, rank % 2)]  # pyright: ignore[reportIndexIssue]
+            k, v = (torch.cat([getattr(x, name) for x in layers]) for name in KV_SHIFT_TAGS)
+            output.copy_(torch.stack([k, v]).detach())
+            if rank == 2:
+                assert torch.equal(output, ours)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    parallel: Any = SimpleNamespace(groups=SimpleNamespace(mp="mp"))
+    config = _kv_shift_run()
+    found = kv_shift_histograms(chunks_of(1, 0), config, parallel, 10)
+    every = sorted(10.0 * layer + head for layer in range(4) for head in range(4))
+    assert {tag: sorted(values.tolist()) for tag, values in found.items()} == {
+        "kv_shift/k_previous": every,
+        "kv_shift/k_current": [100 + value for value in every],
+        "kv_shift/v_previous": sorted(-value for value in every),
+        "kv_shift/v_current": sorted(-100 - value for value in every),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [
+        (_kv_shift_run(), 4),
+        (_kv_shift_run(tensorboard=False), 5),
+        (RunConfig(log=LogConfig(every_steps=5)), 5),
+    ],
+)
+def test_no_histograms_between_log_steps_or_without_scalars(config: RunConfig, step: int) -> None:
+    """Without a word to other ranks: there is no group here to talk to."""
+    parallel: Any = SimpleNamespace()
+    assert kv_shift_histograms([], config, parallel, step) == {}

@@ -199,3 +199,19 @@ def test_profiler_records_exactly_the_chosen_steps(tmp_path, steps, first, last,
 @pytest.mark.parametrize("steps", [None, (1, 2)])
 def test_profiler_without_steps_to_record(tmp_path, steps):
     assert profile_steps(tmp_path, steps, 3, 5) is None
+
+
+def test_histograms_are_read_back(tmp_path):
+    recorder = start(tmp_path, log=LogConfig(progress=False))
+    values = np.array([0.25, 0.25, 0.75, -1.5], np.float32)
+    recorder.step({"step": 1})
+    recorder.step({"step": 2}, {"kv_shift/k_previous": values})
+    recorder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["kv_shift/k_previous"]
+    (event,) = events.Histograms("kv_shift/k_previous")
+    seen = event.histogram_value
+    assert (event.step, seen.num, seen.min, seen.max) == (2, 4, -1.5, 0.75)
+    assert seen.sum == pytest.approx(-0.25)
+    assert rows(tmp_path) == [{"step": 1}, {"step": 2}]
