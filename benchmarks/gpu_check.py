@@ -29,10 +29,25 @@ LEAST_SECONDS = 10.0
 TEST_PROCESSES = 4
 """On one GPU, whose memory they share: the largest test takes some 15 GB."""
 OPS = ("kv_shift_rope", "packed_attention", "linear_dpo")
-ATTENTION_TEST = "tests/kernels/test_packed_attention.py::test_triton_on_a_gpu"
-ROPE_TEST = "tests/kernels/test_kv_shift_rope_triton.py::test_triton_on_a_gpu"
 FORMS_TEST = "tests/kernels/test_emulator.py"
-LOGPROB_TEST = "tests/kernels/test_linear_logprob_gpu.py"
+IN = "tests/kernels"
+TESTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "triton": {
+        "kv_shift_rope": (
+            60,
+            f"{IN}/test_kv_shift_rope_triton.py",
+            f"{IN}/test_kv_shift_rope_norms.py",
+        ),
+        "packed_attention": (90, f"{IN}/test_packed_attention.py"),
+        "linear_dpo": (120, f"{IN}/test_linear_logprob_gpu.py"),
+    },
+    "cuda": {
+        "kv_shift_rope": (40, f"{IN}/test_kv_shift_rope_cuda.py"),
+        "linear_dpo": (60, f"{IN}/test_linear_logprob_gpu.py"),
+        "packed_attention": (60, f"{IN}/test_packed_attention_cuda_gpu.py"),
+    },
+}
+"""Seconds, and where the tests are."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,10 @@ def tests(*arguments: str) -> list[str | Path]:
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
+def with_backends(names: str, command: list[str | Path]) -> list[str | Path]:
+    return ["env", f"NOVA_GPU_BACKENDS={names}", *command]
+
+
 def parts() -> list[Part]:
     """In order of importance."""
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -68,15 +87,32 @@ def parts() -> list[Part]:
         Part("device", 60, script("gpu_device.py")),
         Part("build", 180, [*build, "--build-temp", "build/gpu-check"], ("device",)),
         Part("test instruction forms", 60, tests(FORMS_TEST), ("build",), "nvcc"),
-        Part("test kv_shift_rope", 60, tests(ROPE_TEST), ("build",)),
-        Part("test packed_attention", 90, tests(ATTENTION_TEST), ("build",)),
-        Part("test linear_logprob", 150, tests(LOGPROB_TEST), ("build",)),
+        *(
+            Part(f"test {op} in {kind}", seconds, with_backends(kind, tests(*paths)), ("build",))
+            for kind, parts in TESTS.items()
+            for op, (seconds, *paths) in parts.items()
+        ),
         Part("step triton", 120, script("gpu_step.py", "--variant", "triton"), ("build",)),
         *(
             Part(f"time {op}", 90, script("run.py", "--no-test", "--op", op), ("build",))
             for op in OPS
         ),
+        *(
+            Part(
+                f"time {op} with cuda",
+                90,
+                script("run.py", "--no-test", "--op", op, "--backends", "triton,cuda"),
+                (f"test {op} in cuda",),
+            )
+            for op in OPS
+        ),
         Part("step reference", 120, script("gpu_step.py", "--variant", "reference"), ("build",)),
+        Part(
+            "tune linear_dpo",
+            90,
+            script("run.py", "--no-test", "--tune", "--op", "linear_dpo"),
+            ("build",),
+        ),
         *(
             Part(f"step {variant}", 100, script("gpu_step.py", "--variant", variant), ("build",))
             for variant in ("triton, nothing shared", "triton, kv_shift")
@@ -111,6 +147,14 @@ def simulated() -> list[Part]:
                 ("device",),
             )
             for op in OPS
+        ),
+        Part(
+            "tune linear_dpo",
+            120,
+            script(
+                "run.py", "--no-test", "--tune", "--op", "linear_dpo", "--tiny", "--seconds", "0"
+            ),
+            ("device",),
         ),
         Part(
             "step reference",

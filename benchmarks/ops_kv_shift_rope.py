@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timing import Case, Provider, leaf
+from timing import Case, Provider, leaf, runnable
 from torch import Tensor
 
 from nova_kernels import kv_shift_rope
-from nova_kernels.backend import triton_runs_on
 from nova_kernels.kv_shift_rope import rope_tables
 from nova_kernels.segments import segment_index
 from nova_kernels.testing import segment_table
@@ -22,7 +21,7 @@ from nova_kernels.testing import segment_table
 Tensors = Sequence[Tensor]
 
 
-def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+def cases(device: torch.device, tiny: bool, backends: Sequence[str]) -> Iterator[Case]:
     T, N, K, H = (96, 4, 2, 16) if tiny else (16384, 32, 8, 128)
     for count in (1, 3) if tiny else (1, 64, 4096):
         for mixes in (True, False):
@@ -34,9 +33,10 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             call = partial(
                 kv_shift_rope, q, k, v, segments.to(device), *mix, *tables, schedule=schedule
             )
-            calls: dict[str, Any] = {"reference": partial(call, backend="reference")}
-            if triton_runs_on(device):
-                calls["triton"] = partial(call, backend="triton")
+            calls: dict[str, Any] = {
+                backend: partial(call, backend=backend)
+                for backend in runnable(backends, device, tiny)
+            }
             plain = (q, k, v), mix, tables, (schedule.position_T, schedule.previous_T)
             calls["torch"] = partial(_plain_shift_rope, *plain)
             if not tiny:

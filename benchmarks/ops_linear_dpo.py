@@ -6,18 +6,18 @@ so does its fused cross-entropy here; that they do more than needed lowers their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from ops_packed_attention import Documents, preference_documents
-from timing import Case, Provider, leaf
+from timing import Case, Provider, leaf, runnable
 from torch import Tensor
 
 from nova_kernels import linear_dpo_loss
-from nova_kernels.backend import cuda_runs_on, triton_runs_on
 
 BETA = 0.1
 Call = Callable[[], tuple[Tensor, ...]]
@@ -82,19 +82,18 @@ def shapes(device: torch.device, tiny: bool) -> Iterator[tuple[str, Documents, i
             yield shard, pairs_with(8192, 16), 4096, 128256 // ranks
 
 
-def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+def cases(device: torch.device, tiny: bool, backends: Sequence[str]) -> Iterator[Case]:
     for name, documents, D, V in shapes(device, tiny):
         rows = rows_of(documents, V)
         rows = Rows(rows.num_tokens, *(part.to(device) for part in rows[1:]))
         hidden = leaf(device, rows.num_tokens, D, seed=0, scale=3.0 / D**0.5)
         weight = leaf(device, V, D, seed=1)
         R = len(rows.row_R)
-        calls: dict[str, Call] = {"reference, recompute": ours(hidden, weight, rows, "recompute")}
-        calls["reference, store"] = ours(hidden, weight, rows, "store")
-        for backend, runs in (("triton", triton_runs_on), ("cuda", cuda_runs_on)):
-            if runs(device) and (tiny or device.type == "cuda"):
-                for plan in ("recompute", "store"):
-                    calls[f"{backend}, {plan}"] = ours(hidden, weight, rows, plan, backend)
+        calls: dict[str, Call] = {
+            f"{backend}, {plan}": ours(hidden, weight, rows, plan, backend)
+            for backend in runnable(backends, device, tiny)
+            for plan in ("recompute", "store")
+        }
         calls |= peers(hidden, weight, rows, compiled=not tiny)
         providers = {n: Provider(forward=c, inputs=(hidden, weight)) for n, c in calls.items()}
         floor = partial(products, hidden, weight, rows.row_R)
@@ -109,7 +108,43 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         )
 
 
-def ours(hidden: Tensor, weight: Tensor, rows: Rows, plan: str, backend: str = "reference") -> Call:
+def tuning(device: torch.device, tiny: bool) -> Iterator[Case]:
+    """Triton's candidates for the tile of the products, both plans; what wins belongs into _triton_tiles.RULES."""
+    from nova_kernels.linear_logprob import _triton
+    from nova_kernels.linear_logprob._triton_tiles import CANDIDATES, Tile
+
+    def with_tile(tile: Tile, call: Call) -> Call:
+        def tuned() -> tuple[Tensor, ...]:
+            with mock.patch.object(_triton, "choose_tile", lambda *_, **__: tile):
+                (loss,) = call()
+                return (loss, *torch.autograd.grad(loss, inputs))  # the backward chooses a tile too
+
+        return tuned
+
+    for name, documents, D, V in shapes(device, tiny):
+        rows = rows_of(documents, V)
+        rows = Rows(rows.num_tokens, *(part.to(device) for part in rows[1:]))
+        inputs = (
+            leaf(device, rows.num_tokens, D, seed=0, scale=3.0 / D**0.5),
+            leaf(device, V, D, seed=1),
+        )
+        R = len(rows.row_R)
+        yield Case(
+            name=f"{name} ({R} rows), hidden {D}, vocabulary {V}",
+            providers={
+                f"{plan}, {' '.join(f'{key} {value}' for key, value in tile._asdict().items())}": Provider(
+                    forward=with_tile(tile, ours(*inputs, rows, plan, "triton"))
+                )
+                for plan in ("recompute", "store")
+                for tile in CANDIDATES
+            },
+            bytes=(0, 0),
+            flops=(6 * R * D * V, 0),
+            phases=("forward",),
+        )
+
+
+def ours(hidden: Tensor, weight: Tensor, rows: Rows, plan: str, backend: str) -> Call:
     ref_logp_S = torch.zeros(len(rows.token_SL), device=hidden.device)
 
     def call() -> tuple[Tensor, ...]:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import Case, Provider, leaf
+from timing import Case, Provider, leaf, runnable
 from torch import Tensor
 
 from nova_kernels import packed_attention
-from nova_kernels.backend import triton_runs_on
 from nova_kernels.packed_attention.reference import attention_mask
 from nova_kernels.segments import segment_ids, segment_index
 from nova_kernels.testing import segment_table
@@ -54,7 +53,7 @@ def layouts(device: torch.device, tiny: bool) -> dict[str, tuple[int, Documents]
     }
 
 
-def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+def cases(device: torch.device, tiny: bool, backends: Sequence[str]) -> Iterator[Case]:
     N, K, H = (2, 1, 64) if tiny else (8, 4, 64) if device.type == "cpu" else (32, 8, 128)
     for name, (T, documents) in layouts(device, tiny).items():
         used = sum(prefix + sum(answers) for prefix, answers in documents)
@@ -72,9 +71,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         ) -> None:
             providers[name] = Provider(forward=forward, inputs=inputs, comparable=comparable)  # noqa: B023
 
-        add("reference", partial(_single, partial(call, backend="reference")), (q, k, v))
-        if triton_runs_on(device) and (tiny or device.type == "cuda"):
-            add("triton", partial(_single, partial(call, backend="triton")), (q, k, v))
+        for backend in runnable(backends, device, tiny):
+            add(backend, partial(_single, partial(call, backend=backend)), (q, k, v))
         if device.type == "cpu":
             masked = _masked(q, k, v, segments)
             add("torch, one mask for all", partial(_single, masked), (q, k, v))

@@ -5,7 +5,7 @@ OPS are host code over numpy arrays; KERNELS are the ops of nova_kernels, whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,10 @@ OPS = {
 class Kernel:
     test: str
     """As in Op."""
-    cases: Callable[[torch.device, bool], Iterator[Case]]
-    """Device, tiny -> what is timed there."""
+    cases: Callable[[torch.device, bool, Sequence[str]], Iterator[Case]]
+    """Device, tiny, backends -> what is timed there."""
+    tuning: Callable[[torch.device, bool], Iterator[Case]] | None = None
+    """Device, tiny -> candidates for the tables of a kernel's tile sizes, against each other."""
 
 
 KERNELS = {
@@ -98,6 +100,7 @@ KERNELS = {
     "linear_dpo": Kernel(
         test="tests/kernels/test_linear_dpo_liger.py tests/kernels/test_linear_logprob.py",
         cases=ops_linear_dpo.cases,
+        tuning=ops_linear_dpo.tuning,
     ),
     "packed_attention": Kernel(
         test="tests/kernels/test_packed_attention.py", cases=ops_packed_attention.cases

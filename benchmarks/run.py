@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from registry import KERNELS, OPS, Kernel, Op
 from rich.console import Console
 from rich.table import Table
-from timing import ceilings
+from timing import Case, ceilings
 from timing import measure as measure_case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,14 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     return line | {"peak MiB": "" if peak is None else peak, "error": row.get("error", "")}
 
 
+def cases_of(op: Kernel, device: torch.device, arguments: argparse.Namespace) -> Iterator[Case]:
+    if not arguments.tune:
+        return op.cases(device, arguments.tiny, arguments.backends.split(","))
+    if op.tuning is None:
+        raise SystemExit("--tune: this op has no candidates; linear_dpo has")
+    return op.tuning(device, arguments.tiny)
+
+
 def run_op(name: str, arguments: argparse.Namespace) -> int:
     op: Op | Kernel = OPS[name] if name in OPS else KERNELS[name]
     if not arguments.no_test and not test_passes(op.test):
@@ -133,7 +142,7 @@ def run_op(name: str, arguments: argparse.Namespace) -> int:
     else:
         record["ceilings"] = ceilings(device, tiny=arguments.tiny or device.type == "cpu")
         record["results"] = []
-        for case in op.cases(device, arguments.tiny):
+        for case in cases_of(op, device, arguments):
             record["results"] += measure_case(case, device, arguments.seconds)
             path.write_text(json.dumps(record, indent=1) + "\n")  # what was measured counts
         Console().print(table_of(name, [flat(row) for row in record["results"]]))
@@ -149,11 +158,19 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="calls of host code, per case")
     parser.add_argument("--seconds", type=float, default=8.0, help="timing a kernel, per case")
     parser.add_argument("--tiny", action="store_true", help="kernels: to test the code")
+    parser.add_argument(
+        "--backends", default="reference,triton", help="of the kernels; cuda only when asked for"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="candidates for a kernel's tile sizes; writes --out"
+    )
     parser.add_argument("--no-test", action="store_true", help="its tests have been green here")
     parser.add_argument("--out", type=Path, help="the JSON file, with --op")
     arguments = parser.parse_args()
     if arguments.out and not arguments.op:
         parser.error("--out is the file of one op: say --op as well")
+    if arguments.tune and not arguments.out:
+        parser.error("--tune does not replace an op's results: say --op and --out as well")
     return max(run_op(name, arguments) for name in ([arguments.op] if arguments.op else names))
 
 

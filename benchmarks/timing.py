@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nova_kernels.backend import cuda_runs_on, triton_runs_on
+
 L2_FLUSH_BYTES = 256 << 20
 MAX_ROUNDS, MIN_ROUNDS = 50, 3
 
@@ -39,6 +41,16 @@ class Case:
     flops: tuple[int, int]
     phases: tuple[str, ...] = ("forward", "forward_backward")
     """What is timed. A loss that computes its gradients in its forward has no time of its own for that."""
+
+
+def runnable(backends: Sequence[str], device: torch.device, tiny: bool) -> list[str]:
+    """Those of the backends that run here. Triton's interpreter is for tiny shapes; they are too small for CUDA's rules."""
+    runs = {
+        "reference": True,
+        "triton": triton_runs_on(device) and (tiny or device.type == "cuda"),
+        "cuda": cuda_runs_on(device) and not tiny,
+    }
+    return [backend for backend in backends if runs[backend]]
 
 
 def drawn(*shape: int, device: torch.device, seed: int) -> Tensor:

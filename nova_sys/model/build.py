@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nova_kernels.backend import triton_runs_on
+from nova_kernels.backend import cuda_runs_on, triton_runs_on
 from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
@@ -35,10 +35,13 @@ def head_dim(model: ModelConfig) -> int:
 def check_kernels(requested: str, device: torch.device) -> None:
     """Raises: ValueError when the kernels of `train.kernels` cannot run here. Before the data is prepared; what an op lacks for
     certain shapes it says itself."""
-    runs = {"triton": triton_runs_on, "cuda": lambda device: device.type == "cuda"}
+    runs = {"triton": triton_runs_on, "cuda": cuda_runs_on}
     if requested in runs and not runs[requested](device):
-        needs = "an NVIDIA GPU" + (" and the package triton" if requested == "triton" else "")
-        here = "on the CPU" if device.type == "cpu" else "on a GPU, without that package"
+        needs = {
+            "triton": "an NVIDIA GPU and the package triton",
+            "cuda": "a Hopper GPU and an installation built where nvcc is",
+        }[requested]
+        here = "on the CPU" if device.type == "cpu" else "on a GPU, without one of the two"
         raise ValueError(
             f'train.kernels = "{requested}": needs {needs}, and this process runs {here}; set it to "auto" or "reference"'
         )

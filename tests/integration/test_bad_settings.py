@@ -121,7 +121,7 @@ def test_setting(name: str, run: Run, refuses: Refuses) -> None:
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
 def test_kernels_without_gpu(kernels: str, run: Run, refuses: Refuses, monkeypatch: Any) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rule = "needs an NVIDIA GPU"
+    rule = "needs a Hopper GPU" if kernels == "cuda" else "needs an NVIDIA GPU"
     says = (f'train.kernels = "{kernels}"', rule, 'set it to "auto" or "reference"')
     refuses(*run.train(f"train.kernels={kernels}"), says=says)
     assert not (run.dir / "cache").exists()  # told before the data is prepared

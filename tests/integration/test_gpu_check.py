@@ -45,6 +45,8 @@ def test_simulated(tmp_path: Path) -> None:
         compared = [row["differs_by"] for row in rows if "differs_by" in row]
         assert "triton" in {row["provider"].split(",")[0] for row in rows} and compared
         assert max(compared) < 0.01  # of bf16
+    tuned = parts["tune linear_dpo"]["result"]["results"]
+    assert len(tuned) == 10 and all(row["forward"]["ms"] > 0 for row in tuned)
     step = parts["step reference"]["result"]
     assert abs(step["first_loss"] - math.log(2)) < 1e-5
     assert step["median"]["tokens_per_s"] > 0 and len(step["step_time_s"]) == 2

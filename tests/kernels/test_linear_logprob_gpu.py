@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ assert spec is not None and spec.loader is not None
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
 PLANS = cases.PLANS
-BACKENDS = ["triton", "cuda"]
-DTYPES = [("triton", torch.float16), ("triton", torch.float32)] + [
-    (backend, torch.bfloat16) for backend in BACKENDS
+BACKENDS = os.environ.get("NOVA_GPU_BACKENDS", "triton,cuda").split(",")  # one may hang the GPU
+DTYPES = [
+    (backend, dtype)
+    for backend in BACKENDS
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if backend == "triton" or dtype == torch.bfloat16
 ]
 
 
@@ -192,6 +196,7 @@ def test_products_of_sizes_beyond_2_31(plan: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="this process tests others")
 def test_2000_launches_give_one_result(plan: str) -> None:
     """Of the CUDA kernels: a lost arrival would hang, a race would differ."""
     case = gpu_case(600, 3000, D=264)

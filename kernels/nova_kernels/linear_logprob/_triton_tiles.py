@@ -32,7 +32,7 @@ RULES = (
     Rule(2, ANY, True, Tile(128, 128, 64, 8, 4)),
     Rule(4, ANY, True, Tile(64, 64, 32, 8, 3)),  # fp32 without tensor cores: exact, not fast
 )
-# What `benchmarks/run.py --op linear_dpo --tune` times against each other.
+# What `python benchmarks/run.py --op linear_dpo --tune` times against each other.
 CANDIDATES = (
     Tile(128, 256, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
