@@ -23,10 +23,9 @@ _REGISTER = re.compile(r"\bR(\d+)")
 class CudaKernel:
     name: str  # mangled
     spill_bytes: int  # stack frame, spill stores and loads, per thread
-    registers: tuple[int, ...]
-    """Highest register number of each part: before the first `setmaxnreg`, then behind each of them."""
-    budgets: tuple[int, ...]
-    """What each `setmaxnreg` asks for, in the same order, one fewer."""
+    registers: int  # per thread, of the whole kernel
+    roles: tuple[tuple[int, int], ...]
+    """Of each warpgroup role: the registers its `setmaxnreg` asks for, and those it uses."""
     operations: dict[str, int]  # SASS mnemonics without modifiers, and how often each stands there
     instructions: tuple[str, ...]
     notes: tuple[
@@ -76,14 +75,18 @@ def compile_cuda(source: Path, *flags: str) -> dict[str, CudaKernel]:
 
 
 def _read(name: str, spill_bytes: int, found: list[str], notes: tuple[str, ...]) -> CudaKernel:
-    registers, budgets = [0], []
-    for instruction in found:
-        if instruction.startswith("USETMAXREG"):
-            budgets.append(int(instruction.split()[-1], 16))
-            registers.append(0)
-        used = [int(number) for number in _REGISTER.findall(instruction)]
-        registers[-1] = max([registers[-1], *used])
+    starts = [i for i, line in enumerate(found) if line.startswith("USETMAXREG")]
+    roles = []
+    for first, last in zip(starts, [*starts[1:], len(found)], strict=False):
+        part = found[first:last]
+        # Behind a role's last EXIT stand the spin loops and slow paths of all roles.
+        end = max((i for i, line in enumerate(part) if line.startswith("EXIT")), default=len(part))
+        roles.append((int(part[0].split()[-1], 16), _registers(part[:end])))
     operations = dict(Counter(map(mnemonic, found)))
     return CudaKernel(
-        name, spill_bytes, tuple(registers), tuple(budgets), operations, tuple(found), notes
+        name, spill_bytes, _registers(found), tuple(roles), operations, tuple(found), notes
     )
+
+
+def _registers(lines: list[str]) -> int:
+    return 1 + max((int(n) for line in lines for n in _REGISTER.findall(line)), default=-1)
