@@ -12,7 +12,6 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +136,5 @@ class OnlineReference:
         if not scored:
             return packs
         return [
-            replace(p, ref_logp_B=logp_B.cpu().numpy())
-            for p, logp_B in zip(packs, scored, strict=True)
+            p.with_reference(logp_B.cpu().numpy()) for p, logp_B in zip(packs, scored, strict=True)
         ]

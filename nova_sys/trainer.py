@@ -24,7 +24,7 @@ from nova_sys.errors import ToldStop
 from nova_sys.hf.carried import carried_texts
 from nova_sys.hf.weights import load_any_weights
 from nova_sys.metrics import StepClock, kv_shift_histograms
-from nova_sys.model.build import build_model, head_dim, transformer_config
+from nova_sys.model.build import attention_tile_sizes, build_model, head_dim, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.non_finite import explain_non_finite
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
@@ -312,6 +312,7 @@ class Trainer:
     def _build_loader(self) -> PackLoader:
         """The loader, with reference log-probs attached when the algorithm wants them from the cache."""
         config, store = self.config, self.data.store
+        tile_sizes = attention_tile_sizes(config.model, self.parallel, config.train.kernels)
 
         def loader(epochs: float | None, ref_logp: np.ndarray | None = None) -> PackLoader:
             return PackLoader(
@@ -324,6 +325,7 @@ class Trainer:
                 share_prefix=config.data.share_prefix,
                 epochs=epochs,
                 ref_logp=ref_logp,
+                tile_sizes=tile_sizes,
             )
 
         def compute() -> np.ndarray:

@@ -39,7 +39,7 @@ class SegmentIndex:
     branch_J: torch.Tensor  # those of them that have a previous token: first tokens of branches
     branch_previous_J: torch.Tensor  # last prefix token of those branches; repeats for siblings
     attention_tiles: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
-    """Tile lists that packed_attention has made of the table, by tile size, for all layers."""
+    """Tile lists that packed_attention has made of the table, by tile size, for all layers; they move along."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +76,7 @@ class SegmentIndex:
             moved(self.break_I),
             moved(self.branch_J),
             moved(self.branch_previous_J),
+            {size: tuple(map(moved, lists)) for size, lists in self.attention_tiles.items()},
         )
 
 

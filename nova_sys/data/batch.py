@@ -6,7 +6,8 @@ T packed tokens, S segments, R response rows, B sequences (responses), P documen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -74,8 +75,18 @@ class Pack:
                     device, non_blocking=pin
                 )
             values[field.name] = value
-        index = segment_index(torch.from_numpy(self.segments_S4), len(self.tokens_T))
-        return DevicePack(**values, index=index.to(device))
+        return DevicePack(**values, index=self.index.to(device))
+
+    @cached_property
+    def index(self) -> SegmentIndex:
+        """On the host; the loader's thread works it out, so that no step waits for it."""
+        return segment_index(torch.from_numpy(self.segments_S4), len(self.tokens_T))
+
+    def with_reference(self, ref_logp_B: np.ndarray) -> Pack:
+        """The same pack with these reference log-probs."""
+        scored = replace(self, ref_logp_B=ref_logp_B)
+        scored.__dict__["index"] = self.index  # what cached_property would work out again
+        return scored
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
+from nova_kernels.packed_attention.schedule import attention_schedule
 from nova_sys.data.batch import Pack, build_pack
 from nova_sys.data.packing import PackPlan, balance, pack_documents
 from nova_sys.data.token_store import TokenStore
@@ -27,6 +29,8 @@ class PackLoader:
 
     epochs: the stream ends behind `ceil(epochs * packs_per_epoch)` packs (`last_pack`), and packs
     that hold no documents fill the last step; None: it never ends.   ref_logp: see build_pack.
+    tile_sizes: of the lists that the attention kernels loop over (packed_attention.schedule), which are
+    made with the pack, in the loader's thread.
 
     Memory of each rank grows by about 70 bytes per document: 10 for the plans of two epochs, and 30 in each of two threads that make
     them, which malloc keeps; and by 8 per response of `ref_logp`. What the store holds is mapped: the ranks of a machine share it.
@@ -47,6 +51,7 @@ class PackLoader:
         share_prefix: bool,
         epochs: float | None = None,
         ref_logp: np.ndarray | None = None,
+        tile_sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
         if global_batch_packs < 1 or global_batch_packs % data_size:
             raise ValueError(
@@ -61,6 +66,7 @@ class PackLoader:
         self._seed = seed
         self._share_prefix = share_prefix
         self._ref_logp = ref_logp
+        self._tile_sizes = tile_sizes
         self._lengths = store.document_lengths(share_prefix)
         longest = int(self._lengths.max())
         if longest > pack_length:
@@ -107,16 +113,20 @@ class PackLoader:
         mine = range(len(packs))
         if self._data_size > 1:
             mine = balance(self._work_of(packs), self._data_size)[self._data_rank]
-        return [
-            build_pack(
-                self._store,
-                packs[i],
-                self._pack_length,
-                share_prefix=self._share_prefix,
-                ref_logp=self._ref_logp,
-            )
-            for i in mine
-        ]
+        return [self._build(packs[i]) for i in mine]
+
+    def _build(self, documents: np.ndarray) -> Pack:
+        pack = build_pack(
+            self._store,
+            documents,
+            self._pack_length,
+            share_prefix=self._share_prefix,
+            ref_logp=self._ref_logp,
+        )
+        for query_tokens, key_tokens in self._tile_sizes:
+            attention_schedule(pack.index, query_tokens, key_tokens)
+        assert pack.index  # worked out here, not in the step
+        return pack
 
     def _work_of(self, packs: list[np.ndarray]) -> np.ndarray:
         """float64 (len(packs),): estimated cost of each pack."""

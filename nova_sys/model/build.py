@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_kernels.backend import cuda_runs_on, triton_runs_on
+from nova_kernels.packed_attention.schedule import tile_sizes
 from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
@@ -45,6 +46,15 @@ def check_kernels(requested: str, device: torch.device) -> None:
         raise ValueError(
             f'train.kernels = "{requested}": needs {needs}, and this process runs {here}; set it to "auto" or "reference"'
         )
+
+
+def attention_tile_sizes(
+    model: ModelConfig, parallel: Parallel, kernels: str
+) -> list[tuple[int, int]]:
+    """Of the lists of tiles that this rank's attention loops over, so that the loader can make them."""
+    ranks = parallel.tensor_size * parallel.context_size
+    heads, kv_heads = model.num_heads // ranks, model.num_kv_heads // ranks
+    return tile_sizes(heads, kv_heads, head_dim(model), kernels)
 
 
 def _leave_as_is(weight: torch.Tensor) -> None: ...

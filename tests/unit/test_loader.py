@@ -3,12 +3,20 @@ and seed."""
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nova_kernels import packed_attention
+from nova_kernels.backend import triton_runs_on
+from nova_kernels.packed_attention import schedule as schedule_module
+from nova_kernels.segments import segment_index
+from nova_kernels.testing import segment_table
+from nova_sys.data import batch as batch_module
 from nova_sys.data import loader as loader_module
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.packing import balance, pack_documents
@@ -279,3 +287,43 @@ def test_no_step_waits_for_data_or_for_the_next_epochs_plan(monkeypatch):
     loader.stop()
     assert max(waits_s[1:]) < 0.1
     assert sorted(waits_s[1:])[len(waits_s) // 2] < 0.002
+
+
+def test_what_layers_need_of_a_pack_is_made_in_the_loaders_thread(monkeypatch):
+    """The index of segments and the lists of tiles; they move with the pack, and nothing makes them again."""
+    made = []
+
+    def noting(function):
+        def call(*arguments):
+            made.append((function.__name__, threading.current_thread().name))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(batch_module, "segment_index", noting(batch_module.segment_index))
+    kernels = schedule_module._C
+    monkeypatch.setattr(
+        schedule_module, "_C", SimpleNamespace(attention_tiles=noting(kernels.attention_tiles))
+    )
+    loader = make([7, 5, 3, 9] * 4, tile_sizes=[(8, 4), (4, 4)])
+    loader.start(0)
+    packs = loader.next()
+    loader.stop()
+    assert {thread for _, thread in made} == {"pack-loader"}
+    made.clear()
+    on_device = packs[0].with_reference(packs[0].ref_logp_B).to("cpu")
+    queries, keys = schedule_module.attention_schedule(on_device.index, 8, 4)
+    assert made == [] and set(on_device.index.attention_tiles) == {(8, 4), (4, 4)}
+    expected = kernels.attention_tiles(packs[0].segments_S4, 8, 4)
+    assert all(np.array_equal(a, b) for a, b in zip((queries, keys), expected, strict=True))
+
+
+@pytest.mark.skipif(not triton_runs_on(torch.device("cpu")), reason="Triton is not installed")
+@pytest.mark.parametrize(("N", "K", "H"), [(4, 2, 64), (6, 2, 64), (2, 2, 128)])
+def test_the_tile_sizes_are_those_that_the_attention_asks_for(N, K, H):
+    segments = segment_table([(5, [3, 4])], 0)
+    index = segment_index(segments, 12)
+    q, k, v = (torch.randn(12, X, H, requires_grad=True) for X in (N, K, K))
+    packed_attention(q, k, v, segments, schedule=index, backend="triton").sum().backward()
+    assert set(index.attention_tiles) == set(schedule_module.tile_sizes(N, K, H, "triton"))
+    assert schedule_module.tile_sizes(N, K, H, "auto") == []

@@ -129,6 +129,20 @@ class _PackedAttention(torch.autograd.Function):
         return dq_TNH, dk_TKH, dv_TKH, None, None
 
 
+def heads_in_row_tile(tile: Tile, group: int) -> int:
+    """Query heads side by side in a row tile, of the `group` that share a key head."""
+    return group if tile.pack and group in (2, 4, 8, 16) else 1
+
+
+def tile_sizes(N: int, K: int, H: int) -> list[tuple[int, int]]:
+    """(tokens of a query tile, tokens of a key tile) of every list that the kernels loop over."""
+    tiles = tiles_of(H)
+    return [
+        (tile.rows // heads_in_row_tile(tile, N // K), tile.keys)
+        for tile in (tiles.fwd, tiles.dq, tiles.dkv)
+    ]
+
+
 class _Call:
     """What the launches of one call share."""
 
@@ -139,8 +153,7 @@ class _Call:
         self.block_h = max(64, triton.next_power_of_2(self.H))
 
     def pack(self, tile: Tile) -> int:
-        """Query heads side by side in a row tile."""
-        return self.group if tile.pack and self.group in (2, 4, 8, 16) else 1
+        return heads_in_row_tile(tile, self.group)
 
     def query_tiles(self, tile: Tile) -> torch.Tensor:
         return attention_schedule(self.index, tile.rows // self.pack(tile), tile.keys)[0]

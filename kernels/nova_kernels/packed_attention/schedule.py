@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from nova_kernels import _C
+from nova_kernels.backend import cuda_kernels
 from nova_kernels.segments import SegmentIndex
 
 
@@ -25,6 +26,21 @@ def attention_schedule(
             for tiles in _C.attention_tiles(segments, query_tokens, key_tokens)
         )
     return index.attention_tiles[key]
+
+
+def tile_sizes(N: int, K: int, H: int, backend: str) -> list[tuple[int, int]]:
+    """What `attention_schedule` takes beside a pack's index, for the lists that a forward and a backward with N query and K
+    key/value heads of H dims loop over: where packs are built, the lists can be, too. None for the reference, and for "auto", which
+    is the reference so far."""
+    if backend == "triton":
+        from nova_kernels.packed_attention._triton import tile_sizes as of_triton  # needs triton
+
+        return of_triton(N, K, H)
+    kernels = cuda_kernels()
+    if backend != "cuda" or kernels is None:
+        return []
+    shape = kernels.AttentionShape(1, N, K, H)
+    return [(tokens, shape.key_tokens) for tokens in (shape.forward_tokens, shape.dq_tokens)]
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
