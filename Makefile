@@ -15,6 +15,8 @@ BIN := .venv/bin
 PEER := .venv/peer-trl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed-$(HARDWARE)
+# The H100 stack's, beside a newer one: tests read what both make of our kernels.
+OLDER_TRITON := 3.6.0
 BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
@@ -86,4 +88,7 @@ $(INSTALLED): pyproject.toml constraints/common.txt $(CONSTRAINTS) $(BUILT_FROM)
 	$(PIP) install -q -c $(CONSTRAINTS) setuptools wheel pybind11 cmake ninja
 	$(PIP) install -q -c $(CONSTRAINTS) --no-deps torch
 	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	if [ $(HARDWARE) = cpu ] && [ ! -d .venv/triton-$(OLDER_TRITON) ] && \
+		$(BIN)/python -c 'import triton; exit(triton.__version__ == "$(OLDER_TRITON)")'; then \
+		$(PIP) install -q --no-deps --target .venv/triton-$(OLDER_TRITON) triton==$(OLDER_TRITON); fi
 	touch $@

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 SHARED_BYTES = 227 << 10  # what one program can have on an H100
-
+OLDER = Path(__file__).resolve().parents[2] / ".venv" / "triton-3.6.0"
+"""The H100 stack's Triton, where `make setup` put it beside a newer one."""
 
 MAY_SPILL = {
     ("dq", 192): 424,
@@ -29,13 +30,23 @@ MAY_SPILL = {
 EXTENT = pytest.mark.parametrize("extent", [(), pytest.param(("--all",), marks=pytest.mark.slow)])
 
 
-def compiled(op: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+@pytest.fixture(params=["pinned", "3.6.0"])
+def triton_path(request: pytest.FixtureRequest) -> str:
+    """What to put in front of the import path."""
+    if request.param == "pinned":
+        return ""
+    if not OLDER.exists():
+        pytest.skip("one Triton only: `make setup` puts 3.6.0 beside a newer one")
+    return str(OLDER)
+
+
+def compiled(op: str, folder: Path, triton_path: str, *arguments: str) -> list[dict[str, Any]]:
     """One record per kernel; in another process, because this one may have the interpreter."""
     script = Path(__file__).with_name(f"compile_{op}.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
-        env=environment | {"TRITON_CACHE_DIR": str(folder)},
+        env=environment | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": triton_path},
         capture_output=True,
         text=True,
         timeout=1800,
@@ -55,8 +66,8 @@ def check(record: dict[str, Any], *, may_spill: int = 0) -> None:
 
 
 @EXTENT
-def test_linear_logprob(extent: tuple[str, ...], tmp_path: Path) -> None:
-    records = compiled("linear_logprob", tmp_path, *extent)
+def test_linear_logprob(extent: tuple[str, ...], triton_path: str, tmp_path: Path) -> None:
+    records = compiled("linear_logprob", tmp_path, triton_path, *extent)
     assert {"fold_kernel", "dlogits_kernel", "sum_rows_kernel"} <= {r["kernel"] for r in records}
     for record in records:
         check(record)
@@ -71,8 +82,8 @@ def test_linear_logprob(extent: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @EXTENT
-def test_packed_attention(extent: tuple[str, ...], tmp_path: Path) -> None:
-    records = compiled("packed_attention", tmp_path, *extent)
+def test_packed_attention(extent: tuple[str, ...], triton_path: str, tmp_path: Path) -> None:
+    records = compiled("packed_attention", tmp_path, triton_path, *extent)
     assert {"fwd", "dq", "dkv"} == {r["kernel"] for r in records}
     for record in records:
         check(record, may_spill=MAY_SPILL.get((record["kernel"], record["head_dim"]), 0))
@@ -82,7 +93,7 @@ def test_packed_attention(extent: tuple[str, ...], tmp_path: Path) -> None:
 
 @EXTENT
 def test_kv_shift_rope(extent: tuple[str, ...], tmp_path: Path) -> None:
-    records = compiled("kv_shift_rope", tmp_path, *extent)
+    records = compiled("kv_shift_rope", tmp_path, "", *extent)
     assert {"fwd_kernel", "bwd_kernel"} == {r["kernel"] for r in records}
     assert any("norms=True" in r["name"] for r in records)
     for record in records:
