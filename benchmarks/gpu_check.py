@@ -28,7 +28,8 @@ LEAST_SECONDS = 10.0
 """A part is not started with less."""
 TEST_PROCESSES = 4
 """On one GPU, whose memory they share: the largest test takes some 15 GB."""
-OPS = ("kv_shift_rope", "packed_attention", "linear_dpo")
+OPS = {"kv_shift_rope": 60.0, "packed_attention": 180.0, "linear_dpo": 120.0}
+"""And the seconds that timing one may take."""
 FORMS_TEST = "tests/kernels/test_emulator.py"
 IN = "tests/kernels"
 TESTS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -94,17 +95,24 @@ def parts() -> list[Part]:
         ),
         Part("step triton", 120, script("gpu_step.py", "--variant", "triton"), ("build",)),
         *(
-            Part(f"time {op}", 90, script("run.py", "--no-test", "--op", op), ("build",))
-            for op in OPS
+            Part(
+                f"time {op}",
+                seconds,
+                script("run.py", "--no-test", "--op", op, "--seconds", "3"),
+                ("build",),
+            )
+            for op, seconds in OPS.items()
         ),
         *(
             Part(
                 f"time {op} with cuda",
-                90,
-                script("run.py", "--no-test", "--op", op, "--backends", "triton,cuda"),
+                seconds,
+                script(
+                    "run.py", "--no-test", "--op", op, "--seconds", "3", "--backends", "triton,cuda"
+                ),
                 (f"test {op} in cuda",),
             )
-            for op in OPS
+            for op, seconds in OPS.items()
         ),
         Part("step reference", 120, script("gpu_step.py", "--variant", "reference"), ("build",)),
         Part(

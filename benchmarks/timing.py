@@ -39,6 +39,8 @@ class Case:
     providers: dict[str, Provider]
     bytes: tuple[int, int]
     flops: tuple[int, int]
+    documents: int = 0
+    """Of which one call does so many, where that compares better than FLOPs."""
     phases: tuple[str, ...] = ("forward", "forward_backward")
     """What is timed. A loss that computes its gradients in its forward has no time of its own for that."""
 
@@ -132,6 +134,8 @@ def measure(case: Case, device: torch.device, budget_s: float) -> list[dict[str,
                 "gb_per_s": sum(case.bytes[parts]) / median / 1e6,
                 "tflops": sum(case.flops[parts]) / median / 1e9,
             }
+            if case.documents:
+                rows[name][what]["documents_per_s"] = 1e3 * case.documents / median
     return list(rows.values())
 
 
