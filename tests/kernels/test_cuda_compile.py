@@ -26,6 +26,7 @@ def check_clean(kernel: CudaKernel) -> None:
     assert kernel.spill_bytes == 0 and not {"LDL", "STL"} & set(kernel.operations), kernel.name
     assert not {"C7510", "C7512"} & set(kernel.notes), kernel.name  # wgmma serialised
     assert "HMMA" not in kernel.operations, kernel.name  # the matrix unit of older GPUs
+    assert not {"LD", "ST"} & set(kernel.operations), kernel.name  # of no known memory: slower
     assert not {"ATOM", "ATOMG", "RED"} & set(kernel.operations), kernel.name
 
 

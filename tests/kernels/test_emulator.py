@@ -12,7 +12,7 @@ import torch
 from tests.kernels.emulation import EMULATOR, ROOT, emulated
 
 SEEDS = range(3)  # eager, mixed and late asynchronous work
-FORMS = [(64, 0, 0, 0), (64, 0, 0, 1), (64, 0, 1, 0), (64, 0, 1, 1), (64, 1, 0, 0), (256, 1, 1, 0), (160, 0, 0, 1)]  # fmt: skip
+FORMS = [(64, 0, 0, 0), (64, 0, 0, 1), (64, 0, 1, 0), (64, 0, 1, 1), (64, 1, 0, 0), (256, 1, 1, 0), (128, 0, 0, 0), (128, 0, 1, 1), (160, 0, 0, 1)]  # fmt: skip
 CORNERS = [(0, 0), (40, 16), (-8, 64), (90, 150)]
 
 

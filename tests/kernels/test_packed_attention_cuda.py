@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ import torch
 
 from nova_kernels import _C, packed_attention
 from nova_kernels.backend import cuda_kernels
-from nova_kernels.packed_attention import _cuda
+from nova_kernels.kv_shift_rope import _cuda as kv_shift_rope_cuda
+from nova_kernels.packed_attention import _cuda, schedule
 from nova_kernels.packed_attention.reference import attention_mask, dense_attention
 from nova_kernels.segments import segment_index
 from nova_kernels.testing import poison, random_segments, segment_table
@@ -92,6 +93,20 @@ def test_matches_the_dense_mask_and_fused_projections() -> None:
     assert_matches([x[:53] for x in got], expected, segments[:-1])
 
 
+@pytest.mark.parametrize("make", [schedule.loadable, kv_shift_rope_cuda._loadable])
+@pytest.mark.parametrize(
+    ("sizes", "strides"),  # contiguous for torch, all of them, but 2 bytes off 16
+    [((4, 2, 64), (128, 64, 1)), ((4, 1, 64), (64, 3, 1)), ((1, 2, 64), (13, 64, 1))],
+)
+def test_what_16_byte_loads_cannot_read_is_copied(
+    make: Callable[[torch.Tensor], torch.Tensor], sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    x_TXH = torch.arange(1025).bfloat16()[1:].as_strided(sizes, strides)
+    made = make(x_TXH)
+    assert made.data_ptr() % 16 == 0 and made.stride() == (sizes[1] * 64, 64, 1)
+    assert torch.equal(made, x_TXH) and make(made) is made
+
+
 @pytest.mark.parametrize(("table", "N", "H"), [("branches", 4, 64), ("random 1", 2, 128)])
 def test_bits_depend_on_no_order_and_no_grid(table: str, N: int, H: int) -> None:
     segments = TABLES[table]()
@@ -118,6 +133,10 @@ def test_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="cuda needs bf16, not float16"):
         q, k, v, _ = (x.half() for x in args)
         packed_attention(q, k, v, segments, backend="cuda")
+    # A kernel would take addresses of another device for its own.
+    elsewhere = segment_index(segments, 16).to("meta")
+    with pytest.raises(ValueError, match="segments_S4_or_schedule on meta"):
+        packed_attention(*args[:3], segments, schedule=elsewhere, backend="cuda")
 
 
 def test_rows_of_a_padding_trunk_are_written() -> None:

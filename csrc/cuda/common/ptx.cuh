@@ -11,14 +11,15 @@ namespace nova {
 
 #define NOVA_DEV __device__ __forceinline__
 // Dynamic shared memory is promised 16-byte alignment only; a tile with the 128-byte swizzle needs 1024.
+// Found by an offset: through an integer the compiler loses sight of the address space, and loads become
+// generic.
 #define NOVA_SHARED_MEMORY(Layout, name)         \
   extern __shared__ uint8_t nova_dynamic_smem[]; \
-  Layout& name =                                 \
-      *reinterpret_cast<Layout*>((reinterpret_cast<uintptr_t>(nova_dynamic_smem) + 1023) & ~uintptr_t(1023))
+  Layout& name = *reinterpret_cast<Layout*>(     \
+      nova_dynamic_smem + (-static_cast<uint32_t>(__cvta_generic_to_shared(nova_dynamic_smem)) & 1023))
 
 #ifdef NOVA_HANG_FLAG
-__device__ unsigned
-    nova_hang_flag;  // of this file's kernels; read_hang_flag() in launch.cuh reads and clears it
+__device__ unsigned nova_hang_flag;  // of this file's kernels; check_hang_flag() in hang_flag.h reads it
 #endif
 
 // ------------------------------------------------------------------ addresses
@@ -99,10 +100,10 @@ NOVA_DEV bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
 }
 NOVA_DEV void mbar_wait(uint64_t* bar, uint32_t parity) {
 #ifdef NOVA_HANG_FLAG  // debug build: a lost arrival becomes a set flag (smem offset of the barrier) and
-                       // wrong numbers, not a hung GPU.
+                       // wrong numbers, not a hung GPU. Once it is set, other waits give up soon.
   for (uint32_t n = 0; !mbar_try_wait(bar, parity);
        ++n)  // No __trap() here: ptxas then drops the setmaxnreg budget, spills, serialises wgmma
-    if (n > (1u << 20)) {
+    if (n > (1u << 20) || (n > 64 && *static_cast<volatile unsigned*>(&nova_hang_flag) != 0)) {
       nova_hang_flag = smem_addr(bar) | 1u << 31 | parity;
       break;
     }

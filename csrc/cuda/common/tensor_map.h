@@ -48,9 +48,18 @@ inline CUtensorMap make_map(CUtensorMapDataType type, const void* base, std::ini
     step[rank++] = 1;
   }
   CUtensorMap map;
-  const CUresult result = encode(&map, type, rank, const_cast<void*>(base), size, stride, box, step,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto describe = [&] {
+    return encode(&map, type, rank, const_cast<void*>(base), size, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = describe();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread's first use of the GPU, autograd's for instance
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");  // makes its context current, in CUDA 12 and newer
+    result = describe();
+  }
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("the driver refused a tensor map (CUresult " + std::to_string(result) + ")");
   }

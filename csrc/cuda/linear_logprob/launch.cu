@@ -1,5 +1,6 @@
 #include "cuda/linear_logprob/launch.h"
 
+#include "cuda/common/hang_flag.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
 
@@ -17,6 +18,7 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, const Ar
   kernel<<<launch.grid, launch.threads, launch.shared_bytes, reinterpret_cast<cudaStream_t>(launch.stream)>>>(
       arguments...);
   check(cudaGetLastError(), "linear_logprob");
+  check_hang_flag("linear_logprob");
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/hang_flag.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/packed_attention/kernels.cuh"
@@ -60,6 +61,7 @@ void launch(Kernel* kernel, const Grid& grid, int smem, const Arguments&... argu
   const int blocks = std::min(grid.blocks > 0 ? grid.blocks : multiprocessors(), grid.items);
   kernel<<<blocks, grid.threads, smem, reinterpret_cast<cudaStream_t>(grid.stream)>>>(arguments...);
   check(cudaGetLastError(), "packed_attention");
+  check_hang_flag("packed_attention");
 }
 
 template <int H>

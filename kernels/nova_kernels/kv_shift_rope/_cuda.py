@@ -167,7 +167,9 @@ def _unmix(
 def _loadable(x: torch.Tensor) -> torch.Tensor:
     """x if 16-byte loads can read its rows, else a copy."""
     aligned = not (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8)
-    return x if aligned and x.stride(2) == 1 else x.contiguous()
+    # Not .contiguous(), which returns what is contiguous in a wrong place, and ignores strides of single rows.
+    fits = aligned and x.stride(2) == 1
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _fp32(x: Any) -> Any:

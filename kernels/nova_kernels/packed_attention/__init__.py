@@ -104,6 +104,8 @@ def packed_attention(
     chosen = resolve(
         "packed_attention", backend, available, why=broken if backend == "cuda" else ""
     )
+    if chosen != "reference":  # kernels read lists of tiles, which stand where the table stands
+        check_same_device(q_TNH=q_TNH, segments_S4_or_schedule=index.position_T)
     if chosen == "triton":
         from nova_kernels.packed_attention._triton import packed_attention_triton
 

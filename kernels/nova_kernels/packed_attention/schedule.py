@@ -53,4 +53,5 @@ def loadable(x_TXH: torch.Tensor) -> torch.Tensor:
     side_by_side = x_TXH.stride()[1:] == (H, 1) and x_TXH.stride(0) >= X * H
     on_16_bytes = [x_TXH.data_ptr(), *(n * x_TXH.element_size() for n in x_TXH.stride()[:2])]
     fits = side_by_side and all(n % 16 == 0 for n in on_16_bytes)
-    return x_TXH if fits else x_TXH.contiguous()
+    # Not .contiguous(), which returns what is contiguous in a wrong place, and ignores strides of single rows.
+    return x_TXH if fits else x_TXH.clone(memory_format=torch.contiguous_format)

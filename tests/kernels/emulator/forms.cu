@@ -43,6 +43,8 @@ extern "C" int emulate_product(const void* a, const void* b, float* d, int colum
     if (columns == 64 && !a_mn && b_mn) return run(product<64, 0, 1>, map_a, map_b, d, from_registers);
     if (columns == 64 && a_mn && !b_mn) return run(product<64, 1, 0>, map_a, map_b, d, from_registers);
     if (columns == 256 && a_mn && b_mn) return run(product<256, 1, 1>, map_a, map_b, d, from_registers);
+    if (columns == 128 && !a_mn && !b_mn) return run(product<128, 0, 0>, map_a, map_b, d, from_registers);
+    if (columns == 128 && !a_mn && b_mn) return run(product<128, 0, 1>, map_a, map_b, d, from_registers);
     if (columns == 160 && !a_mn && !b_mn) return run(product<160, 0, 0>, map_a, map_b, d, from_registers);
     require(false, "no such form");
   });

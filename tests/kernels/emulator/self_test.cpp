@@ -51,6 +51,8 @@ extern "C" int emulate_product(const void* a, const void* b, float* d, int colum
       if (columns == 64 && !a_mn && b_mn) return product<64, 0, 1>(map_a, map_b, d, from_registers);
       if (columns == 64 && a_mn && !b_mn) return product<64, 1, 0>(map_a, map_b, d, from_registers);
       if (columns == 256 && a_mn && b_mn) return product<256, 1, 1>(map_a, map_b, d, from_registers);
+      if (columns == 128 && !a_mn && !b_mn) return product<128, 0, 0>(map_a, map_b, d, from_registers);
+      if (columns == 128 && !a_mn && b_mn) return product<128, 0, 1>(map_a, map_b, d, from_registers);
       if (columns == 160 && !a_mn && !b_mn) return product<160, 0, 0>(map_a, map_b, d, from_registers);
       emulator::fail("no such form");
     });
