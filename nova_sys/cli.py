@@ -36,7 +36,8 @@ Checkpoint = Annotated[
 ]
 NewFolder = Annotated[Path, typer.Argument(help="A new folder.")]
 Dtype = Annotated[
-    Literal["keep", "fp32", "bf16", "fp16"], typer.Option(help="Of the weights that are written.")
+    Literal["keep", "fp32", "bf16", "fp16"],
+    typer.Option(help="Of the weights that are written; keep: as they are stored."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -241,7 +242,10 @@ def from_hf(
     out: NewFolder,
     dtype: Dtype = "keep",
 ) -> None:
-    """Make a checkpoint of a Hugging Face folder. (A recipe's model.init_from takes such a folder as it is.)"""
+    """Make a checkpoint of a Hugging Face folder. (A recipe's model.init_from, and nova evaluate and generate, take such a folder as it is.)
+
+    Families: Llama, Mistral, Qwen2, Qwen3, Baichuan 2 7B, Baichuan-M1. One process on the CPU, in the memory of a few tensors.
+    """
     from nova_sys.hf.convert import from_hf
 
     from_hf(source, out, dtype=dtype)
@@ -260,7 +264,11 @@ def to_hf(
         float, typer.Option(min=1e-6, help="Largest safetensors file, 10^9 bytes.")
     ] = 5.0,
 ) -> None:
-    """Write a checkpoint as a folder that transformers loads."""
+    """Write a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer, chat template.
+
+    Of any layout, and one process on the CPU, in the memory of a few tensors. Baichuan's architectures need the code files of the folder
+    that training began with, and trust_remote_code.
+    """
     from nova_sys.hf.convert import to_hf
 
     to_hf(checkpoint, out, dtype=dtype, shard_bytes=int(shard_gb * 1e9))

@@ -240,17 +240,25 @@ def _main_rank_first(parallel: Parallel, work: Callable[[], T]) -> T:
     return work()
 
 
-def from_main(parallel: Parallel, decide: Callable[[], T]) -> T:
+def from_main(parallel: Parallel, decide: Callable[[], T], *, slow: bool = False) -> T:
     """What the main rank decides, on every rank: ranks that look at a disk for themselves may see different things.
 
+    slow: it may take longer than a collective should (to name a model, all its bytes are read): the others wait as in `main_rank_first`.
     Raises: the ValueError or OSError that `decide` raised there, on every rank, as a ValueError.
     """
     box: list[Any] = [None]
-    if parallel.is_main:
-        try:
-            box = [(decide(), None)]
-        except (ValueError, OSError) as error:
-            box = [(None, str(error))]
+
+    def work() -> None:
+        if parallel.is_main:
+            try:
+                box[0] = (decide(), None)
+            except (ValueError, OSError) as error:
+                box[0] = (None, str(error))
+
+    if slow:
+        main_rank_first(parallel, work)
+    else:
+        work()
     dist.broadcast_object_list(
         box, src=0
     )  # now every rank has the decision, or the reason against it

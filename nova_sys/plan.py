@@ -6,6 +6,8 @@ from nova_sys.config import RunConfig
 from nova_sys.config_io import check, check_profile
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
+from nova_sys.hf.config_json import is_hf_folder
+from nova_sys.hf.folder import HFFolder
 from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size, recompute_block
 from nova_sys.start import starting_tokenizer
 
@@ -13,6 +15,8 @@ from nova_sys.start import starting_tokenizer
 def plan_text(config: RunConfig, world_size: int) -> str:
     """Layout, parameters, packs and steps of the run on `world_size` ranks, one fact per line. Raises: ValueError as the run would."""
     check(config, world_size)
+    if is_hf_folder(config.model.init_from):
+        HFFolder(config.model.init_from)  # are all tensors there? Without reading them
     data = prepare_data(config, starting_tokenizer(config))
     model, parallel, train = config.model, config.parallel, config.train
     vocab_size = model.vocab_size or data.tokenizer.vocab_size

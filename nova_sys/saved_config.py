@@ -72,7 +72,12 @@ EVALUATE = Command(
 GENERATE = Command(
     "generate",
     _BOTH,
-    {"data.train": "--file", "model.init_from": "the argument CHECKPOINT", "train.seed": "--seed"},
+    {
+        "data.train": "--file",
+        "model.init_from": "the argument CHECKPOINT",
+        "train.seed": "--seed",
+        "parallel.context": "parallel.tensor: context parallelism shares out the tokens of packs, and generation makes them one by one",
+    },
 )
 
 
@@ -127,7 +132,7 @@ def _refuse_ignored(command: Command, override: str) -> None:
     instead = command.instead.get(key)
     remedy = f"use {instead}" if instead else "it is the checkpoint's own: leave it out"
     raise ValueError(
-        f"--set {override}: nova {command.name} takes {key} from elsewhere; {remedy}. Its keys are {', '.join(command.keys)}"
+        f"--set {override}: nova {command.name} does not take {key} from --set; {remedy}. Its keys are {', '.join(command.keys)}"
     )
 
 

@@ -55,7 +55,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.lock = RunLock(self.run_dir)
         from_main(parallel, self.lock.acquire)
-        self.start = from_main(parallel, lambda: find_start(config))
+        self.start = from_main(parallel, lambda: find_start(config), slow=True)
         self.carried = from_main(
             parallel, lambda: carried_texts(self.start.resume_from or self.start.init_from)
         )
@@ -305,7 +305,7 @@ class Trainer:
 
     def _load_first_weights(self, chunks: list[PackedGPT]) -> None:
         """The weights of step 0 into `chunks`, which are random so far."""
-        folder = from_main(self.parallel, lambda: first_weights(self.start, self.config))
+        folder = from_main(self.parallel, lambda: first_weights(self.start, self.config), slow=True)
         if folder is not None:
             load_any_weights(folder, chunks, self.config.model, self.vocab_size)
 

@@ -43,18 +43,32 @@ def carried_config(checkpoint: Path) -> dict[str, Any]:
     return json.loads(_text(path)) if path.is_file() else {}
 
 
+def carried_generation(checkpoint: Path) -> dict[str, Any]:
+    """The generation_config.json that the model came with; {} if there was none."""
+    return _object(checkpoint / f"{PREFIX}{GENERATION}")
+
+
 def more_stop_ids(source: Path) -> set[int]:
-    """Ids that end an answer by generation_config.json, of a Hugging Face folder or a checkpoint that carries it: some models have
-    more than the tokenizer's one EOS."""
-    path = source / (GENERATION if is_hf_folder(source) else f"{PREFIX}{GENERATION}")
-    if not path.is_file():
-        return set()
-    try:
-        found = json.loads(_text(path)).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is malformed ({error}); correct or remove it") from None
+    """Ids that end an answer by generation_config.json, or without one by config.json, of a Hugging Face folder or a checkpoint that
+    carries it: some models have more than the tokenizer's one EOS."""
+    prefix = "" if is_hf_folder(source) else PREFIX
+    table = _object(source / f"{prefix}{GENERATION}") or _object(source / f"{prefix}{CONFIG}")
+    found = table.get("eos_token_id")
     listed = found if isinstance(found, list) else [found]
     return {token for token in listed if isinstance(token, int)}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} if it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(_text(path))
+        if not isinstance(table, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is malformed ({error}); correct or remove it") from None
+    return table
 
 
 def _text(path: Path) -> str:

@@ -7,6 +7,7 @@ read, with the model's own values in its places; without such a file as transfor
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ ONLY = {  # a key that is there must have one of these values: nothing here comp
     "conv_window": (2,),
     "quantization_config": (None,),
 }
+A_NUMBER = "must be a number above 0"
 FROM_FOLDER = (
     "num_kv_heads",
     "head_dim",
@@ -101,11 +103,14 @@ def read_model(folder: Path) -> tuple[Family, ModelConfig]:
     ]
     fields |= _rope_fields(config, problems)
     fields |= {option: option in family.has for option in OPTIONS}
-    fields["num_kv_heads"] = config.get("num_key_value_heads") or fields["num_heads"]
-    fields["head_dim"] = config.get("head_dim") or 0
-    fields["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
+    kv_heads = _optional_number(config, "num_key_value_heads", problems)
+    fields["num_kv_heads"] = kv_heads or fields["num_heads"]
+    fields["head_dim"] = _optional_number(config, "head_dim", problems)
+    fields["norm_eps"] = config.get("rms_norm_eps", 1e-6)
+    if not _is_positive(fields["norm_eps"]):
+        problems.append(f"rms_norm_eps = {json.dumps(fields['norm_eps'])}: {A_NUMBER}")
     fields["tied_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    fields["sliding_window"] = _window(config)
+    fields["sliding_window"] = _window(config, problems)
     if not problems:
         problems += _family_problems(family, fields, config)
     if problems:
@@ -140,6 +145,16 @@ def _number(config: dict[str, Any], key: str, problems: list[str]) -> int:
     return 1
 
 
+def _optional_number(config: dict[str, Any], key: str, problems: list[str]) -> int:
+    """0 where the key is not there."""
+    return _number(config, key, problems) if config.get(key) else 0
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
 def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """rope_parameters (transformers 5), or rope_theta and rope_scaling (4)."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -165,26 +180,26 @@ def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             value = config.get("max_position_embeddings")  # where transformers looks, too
         fields[name] = value
     for name, value in fields.items():
-        if name != "rope_scaling" and (
-            isinstance(value, bool) or not isinstance(value, int | float)
-        ):
+        if name != "rope_scaling" and not _is_positive(value):
             theirs = ROPE_NAMES.get(name, "rope_theta")
             problems.append(
-                f"{theirs} = {json.dumps(value)}: must be a number, for rope_scaling of type {kind}"
+                f"{theirs} = {json.dumps(value)}: {A_NUMBER}, for rope_scaling of type {kind}"
             )
         elif name != "rope_scaling":
             fields[name] = int(value) if name == "rope_original_positions" else float(value)
     return fields
 
 
-def _window(config: dict[str, Any]) -> int:
+def _window(config: dict[str, Any], problems: list[str]) -> int:
     """The smallest window that any layer has; 0 where all see everything."""
     layers = config.get("layer_types") or []
-    if layers and "sliding_attention" not in layers:
+    if not isinstance(layers, list):
+        problems.append(f"layer_types = {json.dumps(layers)[:80]}: must be a list")
+    elif layers and "sliding_attention" not in layers:
         return 0
     if config.get("use_sliding_window") is False or config.get("sliding_window_layers") == []:
         return 0
-    return int(config.get("sliding_window") or 0)
+    return _optional_number(config, "sliding_window", problems)
 
 
 def _family_problems(family: Family, fields: dict[str, Any], config: dict[str, Any]) -> list[str]:

@@ -6,31 +6,38 @@ What is written appears whole or not at all, and never where something is.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nova_sys.checkpoint_files import (
     DESCRIPTION,
-    TEMPLATE,
     Description,
     describe_model,
     file_sizes,
     read_description,
-    resolve_checkpoint,
     sync_to_disk,
 )
 from nova_sys.config import DataConfig, RunConfig
-from nova_sys.config_io import load_recipe, to_toml
-from nova_sys.data.chat import BUILT_IN
+from nova_sys.config_io import to_toml
+from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
-from nova_sys.hf.carried import carried_config, carried_texts, exported_texts
+from nova_sys.hf.carried import (
+    GENERATION,
+    carried_config,
+    carried_generation,
+    carried_texts,
+    exported_texts,
+    more_stop_ids,
+)
 from nova_sys.hf.config_json import (
     CONFIG,
     default_pack_length,
@@ -44,6 +51,9 @@ from nova_sys.hf.families import Row, dims_of, our_shape, shape_of, table_of
 from nova_sys.hf.folder import HFFolder
 from nova_sys.hf.safetensors_writer import Planned, write_sharded
 from nova_sys.hf.weights import fill_rows, their_tensor
+from nova_sys.saved_config import checkpoint_config
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["keep", "fp32", "bf16", "fp16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,9 +141,12 @@ def to_hf(
     Memory: about three times the largest tensor (the file's bytes, the tensor, the look at whether it is finite), whatever the model's size.
     Raises: ValueError when no architecture computes this model, or `out` exists, or the disk refuses.
     """
-    checkpoint = resolve_checkpoint(checkpoint)
+    if is_hf_folder(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is a Hugging Face folder already; give a checkpoint or a run folder"
+        )
+    checkpoint, saved = checkpoint_config(checkpoint)
     reader, vocab_size = CheckpointReader(checkpoint), read_description(checkpoint).vocab_size
-    saved = load_recipe(checkpoint / "config.toml", ['model.init_from=""'])
     model, like = saved.model, carried_config(checkpoint)
     family = family_for(model, like)
     dims = dims_of(model, vocab_size)
@@ -158,31 +171,54 @@ def to_hf(
             shard_bytes=shard_bytes,
         )
         config = write_config(model, vocab_size, family, main_dtype, like=like)
-        texts = {CONFIG: json.dumps(config, indent=2) + "\n", **exported_texts(checkpoint)}
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        defaults = {  # transformers' own would be those of Llama 2
+            "max_position_embeddings": saved.data.pack_length,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
         tokenizer.save(partial)
         make_loadable(partial)
-        _write_template(partial, checkpoint, saved.data.template, tokenizer)
+        if family.own_code and "auto_map" not in config:
+            logger.warning(
+                "transformers has no %s by itself, and the model did not come with code: add the code files of a folder of that "
+                "architecture, and the auto_map of its config.json",
+                family.architecture,
+            )
+        config |= {name: value for name, value in defaults.items() if name not in config}
+        texts = {CONFIG: _json(config), **exported_texts(checkpoint)}
+        texts |= _template_texts(checkpoint, saved.data.template, tokenizer)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
 
-def _write_template(partial: Path, checkpoint: Path, template: str, tokenizer: Tokenizer) -> None:
-    """The template that the model was trained with, where that is not the tokenizer's own. BOS is ours to write before a built-in
-    one; whoever applies it there gets it from the template."""
-    if (checkpoint / TEMPLATE).is_file():
-        text = (checkpoint / TEMPLATE).read_text(encoding="utf-8")
-    elif template in BUILT_IN:
-        text = ("{{- bos_token }}" if tokenizer.bos_id is not None else "") + BUILT_IN[template]
-    else:
-        return
-    (partial / "chat_template.jinja").write_text(text, encoding="utf-8")
+def _json(table: dict[str, Any]) -> str:
+    return json.dumps(table, indent=2) + "\n"
+
+
+def _template_texts(checkpoint: Path, setting: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """The template that the model was trained with, where that is not the tokenizer's own, and what ends its answers: transformers
+    stops nowhere else."""
+    told, carried = more_stop_ids(checkpoint), carried_generation(checkpoint)
+    if setting == "auto" and tokenizer.chat_template is not None and told:
+        return {}  # all as in the folder that the model came with
+    renderer, texts = Renderer(tokenizer, setting, "pairs"), {}
+    stops = renderer.stop_ids() | told
+    if stops != told:
+        first = {"bos_token_id": tokenizer.bos_id}
+        texts[GENERATION] = _json(first | carried | {"eos_token_id": sorted(stops)})
+    template = renderer.choice.template
+    if template is not None and template.text != tokenizer.chat_template:
+        # BOS is ours to write before a built-in one; whoever applies it there gets it from the template
+        adds_bos = template.is_built_in and tokenizer.bos_id is not None
+        texts["chat_template.jinja"] = ("{{- bos_token }}" if adds_bos else "") + template.text
+    return texts
 
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A new folder that gets its name when everything in it is on the disk. Raises: ValueError when `out` exists."""
-    if out.exists():
+    if os.path.lexists(out):  # false, not an error, for a name that no disk takes
         raise ValueError(f"{out} exists already, and nothing is written over it; name a new folder")
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:

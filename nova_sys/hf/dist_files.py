@@ -10,6 +10,7 @@ import json
 import pickle
 from collections import defaultdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -137,7 +138,7 @@ class CheckpointWriter:
         )
         entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(sizes)))
         start = self._file.tell()
-        torch.save(tensor.detach().reshape(sizes).contiguous(), self._file)
+        _save(tensor.detach().reshape(sizes).contiguous(), self._file)
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(
             SHARDS, start, self._file.tell() - start
         )
@@ -147,7 +148,18 @@ class CheckpointWriter:
         metadata = Metadata(dict(self._tensors), None, self._places, StorageMeta(str(self._folder)))
         (self._folder / METADATA).write_bytes(pickle.dumps(metadata))
         (self._folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
-        torch.save({}, self._folder / COMMON)
+        with (self._folder / COMMON).open("wb") as file:
+            _save({}, file)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _save(value: object, file: BinaryIO) -> None:
+    """torch.save, which hides what a full disk says behind an error of its own. Raises: OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -101,6 +101,7 @@ KV_SHIFT = _rows(LAYERS + "self_attn.", LAYER + "self_attention.core_attention."
 class Family:
     """architecture: as in config.json.   has: the options of [model] that all its models have, the others are off.
     may_tie: its models may share the embeddings with the output layer.   grouped: it may have fewer key/value heads.
+    own_code: transformers has no such model by itself, its folders bring the code.
     defaults: what transformers takes for a key that config.json leaves out, where that is not off or none."""
 
     architecture: str
@@ -109,6 +110,7 @@ class Family:
     has: tuple[str, ...] = ()
     may_tie: bool = True
     grouped: bool = True
+    own_code: bool = False
     defaults: dict[str, int] = field(default_factory=dict)
 
 
@@ -134,6 +136,7 @@ FAMILIES = [
         [*AROUND, *PACKED_QKV, *MLP],
         has=("norm_head",),
         may_tie=False,
+        own_code=True,
         grouped=False,
     ),
     Family(
@@ -142,6 +145,7 @@ FAMILIES = [
         [*AROUND, *PACKED_QKV, *KV_SHIFT, *MLP],
         has=("norm_head", "kv_shift"),
         may_tie=False,
+        own_code=True,
     ),
 ]
 OPTIONS = ("qkv_bias", "qk_norm", "norm_head", "kv_shift")

@@ -126,9 +126,14 @@ def test_a_folder_serves_as_reference(run: Path, tmp_path: Path, nova: Callable[
 def test_the_template_of_the_training_is_exported(
     run: Path, tmp_path: Path, nova: Callable[..., Any]
 ) -> None:
-    """Token for token, BOS included: what the run was trained on is what transformers' chat template gives."""
+    """Token for token, BOS included: what the run was trained on is what transformers' chat template gives, and where it stops."""
     nova("convert", "to-hf", run / "run", tmp_path / "export")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "export")
+    assert generation.eos_token_id == [
+        257,
+        259,
+    ]  # what the folder had, and the template's end of turn
     turns = [{"role": "user", "content": " Größe? "}]
     theirs = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     arguments = ("--chat", "--json", "--with-ids", "--max-new-tokens", 4)
@@ -195,3 +200,11 @@ def test_a_recipe_that_disagrees_is_told(run: Path, nova: Callable[..., Any]) ->
     settings = ("--set", "model.kv_shift=true", "--set", f"run.dir={run / 'another'}")
     code, said, err = nova("train", run / "recipe.toml", *settings, "--dry-run")
     assert code == 0 and "4 layers, hidden 32, 4/2 heads of 8" in said, err
+
+
+def test_a_dry_run_misses_a_file(run: Path, tmp_path: Path, nova: Callable[..., Any]) -> None:
+    start = Path(shutil.copytree(run / "start", tmp_path / "start"))
+    (start / "model.safetensors").unlink()
+    settings = ("--set", f"model.init_from={start}", "--set", f"run.dir={tmp_path / 'run'}")
+    code, _, err = nova("train", run / "recipe.toml", *settings, "--dry-run")
+    assert code == 2 and "has config.json, but no safetensors" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import load_tokenizer
 from nova_sys.data.tokenizer_training import train_sentencepiece
 from nova_sys.generate import generate
-from nova_sys.hf.carried import carried_texts
+from nova_sys.hf.carried import carried_texts, more_stop_ids
 from nova_sys.hf.config_json import read_model
 from nova_sys.hf.convert import from_hf, to_hf
 from nova_sys.hf.export_tokenizer import make_loadable
@@ -137,6 +138,22 @@ def test_nothing_is_overwritten(references: dict[str, Any], tmp_path: Path) -> N
         to_hf(tmp_path / "new", references["llama"].folder)
 
 
+def test_a_folder_that_cannot_be_written(references: dict[str, Any], tmp_path: Path) -> None:
+    source = references["llama"].folder
+    with pytest.raises(ValueError, match=r"cannot be written .*File name too long.* make room"):
+        from_hf(source, tmp_path / ("x" * 300))
+    with pytest.raises(ValueError, match="is a Hugging Face folder already; give a checkpoint"):
+        to_hf(source, tmp_path / "ours")
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written .*File too large.* make room"):
+            from_hf(source, tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_memory_of_an_export_is_a_tensor_not_the_model(
     references: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +264,7 @@ def test_greedy_generation_as_transformers_runs_it(references: dict[str, Any]) -
 
 
 def test_more_than_one_eos(references: dict[str, Any], tmp_path: Path) -> None:
-    """generation_config.json may list several, and transformers stops at each."""
+    """generation_config.json, or without one config.json, may list several, and transformers stops at each."""
     source = Path(shutil.copytree(references["llama"].folder, tmp_path / "folder"))
     (first,) = generate(source, ["abc"], Sampling(max_new_tokens=12))
     stop = first.ids[5]
@@ -256,3 +273,31 @@ def test_more_than_one_eos(references: dict[str, Any], tmp_path: Path) -> None:
     assert second.ids == first.ids[: first.ids.index(stop) + 1] and second.finish_reason == "stop"
     carried = carried_texts(source)
     assert carried.keys() == {"hf.config.json", "hf.generation_config.json"}
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [257, stop]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert more_stop_ids(source) == {257, stop}
+
+
+def test_an_export_of_a_model_that_began_here(
+    references: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing is carried that tells where its texts begin and end: transformers would take Llama 2's ids, and not stop at turns."""
+    from nova_sys.hf import carried
+
+    from_hf(references["llama"].folder, tmp_path / "ours")
+    monkeypatch.setattr(carried, "PREFIX", "nothing.")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert loaded.generation_config.eos_token_id == [257, 259]  # </s>, <|im_end|>
+    config = loaded.config
+    assert (config.bos_token_id, config.eos_token_id) == (256, 257)
+    assert config.max_position_embeddings == 2048
+    assert caplog.messages == []
+    monkeypatch.undo()
+    from_hf(references["baichuan"].folder, tmp_path / "with NormHead")
+    to_hf(tmp_path / "with NormHead", tmp_path / "without code")
+    assert "transformers has no BaichuanForCausalLM by itself" in caplog.text

@@ -3,7 +3,6 @@ and seed."""
 
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_kernels import packed_attention
+from nova_kernels import _C, packed_attention
 from nova_kernels.backend import triton_runs_on
 from nova_kernels.packed_attention import schedule as schedule_module
 from nova_kernels.segments import segment_index
@@ -301,10 +300,8 @@ def test_what_layers_need_of_a_pack_is_made_in_the_loaders_thread(monkeypatch):
         return call
 
     monkeypatch.setattr(batch_module, "segment_index", noting(batch_module.segment_index))
-    kernels = schedule_module._C
-    monkeypatch.setattr(
-        schedule_module, "_C", SimpleNamespace(attention_tiles=noting(kernels.attention_tiles))
-    )
+    attention_tiles = _C.attention_tiles
+    monkeypatch.setattr(_C, "attention_tiles", noting(attention_tiles))
     loader = make([7, 5, 3, 9] * 4, tile_sizes=[(8, 4), (4, 4)])
     loader.start(0)
     packs = loader.next()
@@ -314,7 +311,7 @@ def test_what_layers_need_of_a_pack_is_made_in_the_loaders_thread(monkeypatch):
     on_device = packs[0].with_reference(packs[0].ref_logp_B).to("cpu")
     queries, keys = schedule_module.attention_schedule(on_device.index, 8, 4)
     assert made == [] and set(on_device.index.attention_tiles) == {(8, 4), (4, 4)}
-    expected = kernels.attention_tiles(packs[0].segments_S4, 8, 4)
+    expected = attention_tiles(packs[0].segments_S4, 8, 4)
     assert all(np.array_equal(a, b) for a, b in zip((queries, keys), expected, strict=True))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nova_kernels import _C
 from nova_kernels.backend import cuda_kernels
 from nova_kernels.segments import SegmentIndex
 
@@ -19,6 +18,8 @@ def attention_schedule(
     """
     key = (query_tokens, key_tokens)
     if key not in index.attention_tiles:
+        from nova_kernels import _C  # the reference needs no extension
+
         segments = np.array(index.host_segments, dtype=np.int32).reshape(-1, 4)
         device = index.position_T.device
         index.attention_tiles[key] = tuple(
