@@ -21,7 +21,7 @@ BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
 
-.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl gpu-check clean
+.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl parity gpu-check clean
 
 help:
 	@echo 'make demo    align a small model from nothing: data, tokenizer, SFT, DPO, evaluation, into runs/demo'
@@ -31,6 +31,7 @@ help:
 	@echo 'make bench   the benchmarks of benchmarks/registry.py, into benchmarks/results'
 	@echo 'make bench-data   10 million documents tokenised, packed and loaded; needs 7 GB in OUT (runs/bench-data)'
 	@echo 'make bench-trl DATA=PAIRS   a DPO step against TRL, on a CPU; TRL in an environment of its own'
+	@echo 'make parity DATA=PAIRS   the same log-probs, losses and weights as TRL, within bounds, on a CPU; without DATA on tasks of the demo'
 	@echo 'make gpu-check   on a Hopper GPU: GPU tests, microbenchmarks, a training step; from the source tree, with the packages of PYTHON'
 	@echo 'make setup   .venv with pinned packages ($(CONSTRAINTS)) and the C++ extension'
 	@echo 'make clean   remove build products (not .venv, not runs)'
@@ -63,6 +64,10 @@ bench-data: $(INSTALLED)
 
 bench-trl: $(INSTALLED) peer-trl
 	$(BIN)/python benchmarks/step.py --peer trl $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+parity: $(INSTALLED) peer-trl
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py $(if $(DATA),--data '$(DATA)') $(ARGS)
 	$(BIN)/python benchmarks/report.py
 
 gpu-check:

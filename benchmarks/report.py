@@ -151,6 +151,42 @@ def step_profile(record: dict[str, Any]) -> str:
     return f"Where a step's time goes (`torch.profiler`): {', '.join(shares)}."
 
 
+PARITY_NAMES = {"ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO"}  # others read as they are
+
+
+def parity(record: dict[str, Any]) -> str:
+    logp, bounds, data = record["logp"], record["bounds"], record["data"]
+    training, model, trl = record["training"], record["model"], record["peer_versions"]["trl"]
+    left_out = f", {data['left_out']} records passed over for long, blank or several-turn answers" if data["left_out"] else ""  # fmt: skip
+    lines = [
+        f"**The same numbers as TRL** (`{record['command']}`): TRL {trl} in its own environment and this package read one Hugging Face folder "
+        f"({model['architecture']}, {model['parameters']:,} random parameters) and {data['pairs']} pairs ({data['file']}{left_out}), and tokenise them by "
+        f"themselves to the same ids. fp32, CPU, threads: {record['threads']} ({machine(record)}). Summed log-probs (to {-logp['least']:.0f} nats) differ by "
+        f"at most {max(logp['policy'], logp['reference']):.1e} nats, allowed {bounds['logp']:.0e}; from fp64, ours by {logp['ours_from_fp64']:.1e}, TRL's by "
+        f"{logp['theirs_from_fp64']:.1e}. Largest differences otherwise; weights relative to a tensor's largest element, the update relative to its norm:",
+        "",
+        f"| loss | TRL's trainer | loss of a pair | loss of a step | weights after {training['steps']} AdamW steps | they moved by | update |",
+        "|---|---|---|---|---|---|---|",
+        *(parity_row(row) for row in record["results"]),
+        "",
+        f"Allowed: {bounds['loss']:.0e} of a loss, {bounds['parameters']:.0e} of the weights, {bounds['update']:.0e} of the update. Ours are what "
+        "`nova convert to-hf` writes, TRL's what `save_pretrained` does. But for one row, the reference is another model than the policy's first weights. "
+        "IPO divides log-probs by tokens in both. TRL's ORPO averages its NLL over all tokens of a batch, prompts included; ours over the tokens of each "
+        "chosen answer. So its odds ratio is compared on the pairs, and the whole of it on their answers without prompts, one pair at a time. SimPO is "
+        "`CPOTrainer` with `cpo_alpha` 0; it and `ORPOTrainer` are in `trl.experimental`.",
+    ]
+    return "\n".join(lines)
+
+
+def parity_row(row: dict[str, Any]) -> str:
+    loss, *rest = row["case"].split(", ")
+    name = ", ".join([PARITY_NAMES.get(loss, loss), *rest])
+    cells = [name, f"`{row['trainer']}`", f"{row['pairs']:.1e}"]
+    after = row.get("parameters")
+    cells += [f"{x:.1e}" for x in (row["steps"], *(after[k] for k in ("difference", "moved", "update")))] if after else [""] * 4  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 MEASURED = {  # column of the table -> its heading
     "loss": "loss",
     "metrics": "other metrics",
@@ -231,6 +267,7 @@ Sections = dict[str, Callable[[dict[str, Any]], str]]
 SECTIONS: Sections = {
     "demo_cpu": demo,
     "step_cpu": step,
+    "parity_cpu": parity,
     "layouts_cpu": layouts,
     "packing_cpu": packing,
     "data_cpu": data,
@@ -252,6 +289,7 @@ DOCUMENTS = {
     "README.md": SECTIONS,
     "docs/trust.md": TRUST_SECTIONS,
     f"{OPS_FOLDER}/linear_dpo_loss/README.md": kernel_sections("linear_dpo"),
+    f"{OPS_FOLDER}/packed_attention/README.md": kernel_sections("packed_attention"),
 }
 
 
