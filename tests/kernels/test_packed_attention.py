@@ -100,6 +100,19 @@ def test_one_segment_is_causal_sdpa(T):
     assert max_error(expected.transpose(0, 1), got) < 1e-13
 
 
+def test_a_pack_of_131072_tokens():
+    """Thousands of documents, each against SDPA by itself, values and gradients; the work is in the segments, not in T x T."""
+    count, length, T = 2048, 64, 131_072
+    q, k, v, dout = inputs(T, N=2, K=1, H=16, dtype=torch.float32)
+    got = run(packed(segment_table([(0, [length])] * count, 0)), q, k, v, dout)
+    batch = [x.detach().unflatten(0, (count, length)).transpose(1, 2).requires_grad_() for x in (q, k, v)]  # fmt: skip
+    out = torch.nn.functional.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
+    upstream = dout.unflatten(0, (count, length)).transpose(1, 2)
+    expected = [out, *torch.autograd.grad(out, batch, upstream)]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert max_error(theirs.transpose(1, 2).flatten(0, 1), ours) < 2e-5
+
+
 def test_equals_flex_attention_on_the_same_mask():
     T = 150
     segments = random_segments(np.random.default_rng(1), T, max_prefix=40, max_response=20)
