@@ -22,7 +22,8 @@ class _GatherRows(torch.autograd.Function):
     """Rows of a hidden state that is split by token over the group (sequence or context parallelism) -> all rows, on every rank.
 
     Only the wanted rows travel. Over tensor-parallel ranks the gradient arrives already summed (linear_logprob's contract), over
-    `context`, whose ranks each use some of the rows, it is summed here; then each rank takes its own rows.
+    `context`, whose ranks each use some of the rows, it is summed here; then each rank takes its own rows. Every rank holds all R
+    rows for a moment: where nearly every token carries loss (SFT), context parallelism does not divide that memory, R * D values.
     """
 
     @staticmethod
