@@ -324,3 +324,5 @@ def test_the_tile_sizes_are_those_that_the_attention_asks_for(N, K, H):
     packed_attention(q, k, v, segments, schedule=index, backend="triton").sum().backward()
     assert set(index.attention_tiles) == set(schedule_module.tile_sizes(N, K, H, "triton"))
     assert schedule_module.tile_sizes(N, K, H, "auto") == []
+    for backend in ("triton", "cuda"):  # what an op does not take it says itself
+        assert schedule_module.tile_sizes(N, K, 320, backend) == []

@@ -33,12 +33,14 @@ def tile_sizes(N: int, K: int, H: int, backend: str) -> list[tuple[int, int]]:
     """What `attention_schedule` takes beside a pack's index, for the lists that a forward and a backward with N query and K
     key/value heads of H dims loop over: where packs are built, the lists can be, too. None for the reference, and for "auto", which
     is the reference so far."""
-    if backend == "triton":
+    from nova_kernels.packed_attention import MAX_FUSED_HEAD_DIM, _cuda  # which import this file
+
+    if backend == "triton" and H <= MAX_FUSED_HEAD_DIM:
         from nova_kernels.packed_attention._triton import tile_sizes as of_triton  # needs triton
 
         return of_triton(N, K, H)
     kernels = cuda_kernels()
-    if backend != "cuda" or kernels is None:
+    if backend != "cuda" or kernels is None or H not in _cuda.HEAD_DIMS:  # the op will say so
         return []
     shape = kernels.AttentionShape(1, N, K, H)
     return [(tokens, shape.key_tokens) for tokens in (shape.forward_tokens, shape.dq_tokens)]
