@@ -284,7 +284,9 @@ def start(data: Path, model: Path, folder: Path, num_workers: int, block_bytes: 
 def files(tokenizer: Tokenizer, tmp_path: Path) -> tuple[Path, Path]:
     """Data and tokenizer of a build in a process of its own."""
     data, folder = tmp_path / "data.jsonl", tmp_path / "tokenizer"
-    data.write_text("".join(pairs(4000)))
+    data.write_text(
+        "".join(pairs(8000))
+    )  # more than a builder does while this process is kept waiting
     tokenizer.save(folder)
     return data, folder
 
