@@ -321,8 +321,10 @@ def test_a_build_that_is_killed_again_and_again(tmp_path: Path, files: tuple[Pat
         process.wait()
         gone, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
         assert len(gone) == 2 and not alive
-        assert not folder.exists()
-    assert start(*files, folder, num_workers=1, block_bytes=2500).wait() == 0
+        # Python drops an interrupt that comes into a callback of its own; the build then just ends well.
+        assert not folder.exists() or number == signal.SIGINT
+    if not folder.exists():
+        assert start(*files, folder, num_workers=1, block_bytes=2500).wait() == 0
     assert content(folder) == content(tmp_path / "whole")
     assert names(tmp_path) == ["store", "tokenizer", "whole"]
 
