@@ -321,7 +321,7 @@ def test_a_build_that_is_killed_again_and_again(tmp_path: Path, files: tuple[Pat
         process.wait()
         gone, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
         assert len(gone) == 2 and not alive
-        # Python drops an interrupt that comes into a callback of its own; the build then just ends well.
+        # An interrupt was once seen to be lost (Python drops one that comes into a callback); the build then ends whole.
         assert not folder.exists() or number == signal.SIGINT
     if not folder.exists():
         assert start(*files, folder, num_workers=1, block_bytes=2500).wait() == 0
