@@ -1,8 +1,8 @@
-"""Everything that a GPU can tell, in one command: `make gpu-check`, or `python benchmarks/gpu_check.py --out DIR --minutes 8`.
+"""Everything that a GPU can tell, in one command: `make gpu-check`, or `nova bench --all --out DIR --minutes 8`.
 
-Builds the extension in the source tree, runs the GPU tests, then the microbenchmarks, then a training step, each part in a process of its own with a
-time limit. DIR/gpu_check.json is written again after every part, so an interruption keeps what was found; a part that fails does not stop the others.
-Needs no network, and nothing installed but what the package imports. `--simulate` does the same on a CPU with tiny shapes.
+What the machine is and can do, the extension built, GPU tests, Transformer Engine, microbenchmarks beside their peers, training steps (gpu_parts.py),
+each in a process of its own with a time limit. DIR/gpu_check.json is written again after every part, so an interruption keeps what was found; a
+part that fails does not stop the others. Needs no network, and nothing installed but what the package imports. `--simulate`: on a CPU, tiny shapes.
 """
 
 from __future__ import annotations
@@ -10,176 +10,61 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gpu_parts
+from gpu_parts import Part
+
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "benchmarks"
 LOG_CHARACTERS = 6000
 LEAST_SECONDS = 10.0
 """A part is not started with less."""
-TEST_PROCESSES = 4
-"""On one GPU, whose memory they share: the largest test takes some 15 GB."""
-OPS = {"kv_shift_rope": 60.0, "packed_attention": 180.0, "linear_dpo": 120.0}
-"""And the seconds that timing one may take."""
-FORMS_TEST = "tests/kernels/test_emulator.py"
-IN = "tests/kernels"
-TESTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "triton": {
-        "kv_shift_rope": (
-            60,
-            f"{IN}/test_kv_shift_rope_triton.py",
-            f"{IN}/test_kv_shift_rope_norms.py",
-        ),
-        "packed_attention": (90, f"{IN}/test_packed_attention.py"),
-        "linear_dpo": (120, f"{IN}/test_linear_logprob_gpu.py"),
-    },
-    "cuda": {
-        "kv_shift_rope": (40, f"{IN}/test_kv_shift_rope_cuda.py"),
-        "linear_dpo": (60, f"{IN}/test_linear_logprob_gpu.py"),
-        "packed_attention": (60, f"{IN}/test_packed_attention_cuda_gpu.py"),
-    },
-}
-"""Seconds, and where the tests are."""
+KINDS = ("triton", "cuda")
 
 
-@dataclass(frozen=True)
-class Part:
-    name: str
-    seconds: float
-    """It is killed after so many, or when the whole command's time is over."""
-    command: list[str | Path]
-    """`{out}` in it becomes the path of the JSON file that the part writes, if it writes one."""
-    needs: tuple[str, ...] = ()
-    """Parts that must have ended well."""
-    tool: str = ""
-    """A program that must be there."""
-
-
-def script(name: str, *arguments: str) -> list[str | Path]:
-    return [sys.executable, HERE / name, *arguments, "--out", "{out}"]
-
-
-def tests(*arguments: str) -> list[str | Path]:
-    options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-m", "gpu"]
-    options += ["--maxfail=6", "--tb=short"]  # one machine's time should show more than the first
-    if find_spec("xdist"):  # nearly all of the time is Triton compiling
-        options += ["-n", str(TEST_PROCESSES)]
-    return [sys.executable, "-m", "pytest", *options, *arguments]
-
-
-def with_backends(names: str, command: list[str | Path]) -> list[str | Path]:
-    return ["env", f"NOVA_GPU_BACKENDS={names}", *command]
-
-
-def parts() -> list[Part]:
-    """In order of importance."""
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool"]
+def green_backends(op: str, done: dict[str, Any]) -> list[str]:
+    """Those kernels of an op whose tests have been green in this call, or were not asked for (`--only`)."""
+    tests = {kind: done.get(f"test in {kind}") for kind in KINDS}
     return [
-        Part("device", 60, script("gpu_device.py")),
-        Part("build", 180, [*build, "--build-temp", "build/gpu-check"], ("device",)),
-        Part("test instruction forms", 60, tests(FORMS_TEST), ("build",), "nvcc"),
-        *(
-            Part(f"test {op} in {kind}", seconds, with_backends(kind, tests(*paths)), ("build",))
-            for kind, parts in TESTS.items()
-            for op, (seconds, *paths) in parts.items()
-        ),
-        Part("step triton", 120, script("gpu_step.py", "--variant", "triton"), ("build",)),
-        *(
-            Part(
-                f"time {op}",
-                seconds,
-                script("run.py", "--no-test", "--op", op, "--seconds", "3"),
-                ("build",),
-            )
-            for op, seconds in OPS.items()
-        ),
-        *(
-            Part(
-                f"time {op} with cuda",
-                seconds,
-                script(
-                    "run.py", "--no-test", "--op", op, "--seconds", "3", "--backends", "triton,cuda"
-                ),
-                (f"test {op} in cuda",),
-            )
-            for op, seconds in OPS.items()
-        ),
-        Part("step reference", 120, script("gpu_step.py", "--variant", "reference"), ("build",)),
-        Part(
-            "tune linear_dpo",
-            90,
-            script("run.py", "--no-test", "--tune", "--op", "linear_dpo"),
-            ("build",),
-        ),
-        *(
-            Part(f"step {variant}", 100, script("gpu_step.py", "--variant", variant), ("build",))
-            for variant in ("triton, nothing shared", "triton, kv_shift")
-        ),
-        *(
-            Part(
-                f"{tool} {op}",
-                60,
-                [
-                    *sanitizer,
-                    tool,
-                    *script("run.py", "--no-test", "--op", op, "--tiny", "--seconds", "0"),
-                ],
-                ("build",),
-                "compute-sanitizer",
-            )
-            for tool in ("memcheck", "racecheck")
-            for op in OPS
-        ),
+        kind
+        for kind, part in tests.items()
+        if part is None or part.get("result", {}).get("green", {}).get(op)
     ]
 
 
-def simulated() -> list[Part]:
-    """The same chain where there is no GPU: no build, no tests (both have been), tiny shapes."""
-    return [
-        Part("device", 60, script("gpu_device.py", "--simulate")),
-        *(
-            Part(
-                f"time {op}",
-                120,
-                script("run.py", "--no-test", "--op", op, "--tiny", "--seconds", "0.1"),
-                ("device",),
-            )
-            for op in OPS
-        ),
-        Part(
-            "tune linear_dpo",
-            120,
-            script(
-                "run.py", "--no-test", "--tune", "--op", "linear_dpo", "--tiny", "--seconds", "0"
-            ),
-            ("device",),
-        ),
-        Part(
-            "step reference",
-            120,
-            script("gpu_step.py", "--variant", "reference", "--tiny", "--steps", "2"),
-            ("device",),
-        ),
-    ]
+def filled(word: str, values: dict[str, Path], done: dict[str, Any]) -> str:
+    """A word of a part's command with its `{...}` replaced."""
+
+    def value(found: re.Match[str]) -> str:
+        name, _, op = found[1].partition(":")
+        if name == "backends":
+            return "".join(f",{kind}" for kind in green_backends(op, done))
+        if name == "base":
+            good = [set(green_backends(op, done)) for op in gpu_parts.OPS]
+            return "triton" if all("triton" in kinds for kinds in good) else "reference"
+        return str(values[name])
+
+    return re.sub(r"\{(out|folder|work|base|backends:\w+)\}", value, word)
 
 
-def run(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
-    """status: ok, or what went wrong."""
-    out = folder / f".{part.name.replace(' ', '_').replace(',', '')}.json"
-    command = [str(word).replace("{out}", str(out)) for word in part.command]
+def run(
+    part: Part, seconds: float, folders: dict[str, Path], done: dict[str, Any]
+) -> dict[str, Any]:
+    """status: ok, skipped with the reason, or what went wrong."""
+    out = folders["work"] / f"{part.name.replace(' ', '_').replace(',', '')}.json"
+    command = [filled(str(word), {**folders, "out": out}, done) for word in part.command]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    log = folder / ".log"
+    log = folders["work"] / "log"
     began_s = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -188,23 +73,29 @@ def run(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-            process.wait()
             code = None
-    status = (
-        "ok"
-        if code == 0
-        else f"stopped after {seconds:.0f} s"
-        if code is None
-        else f"exit code {code}"
-    )
-    result: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began_s, 1)}
-    result["log"] = log.read_text(errors="replace")[-LOG_CHARACTERS:]
+        finally:  # also after Ctrl-C: the part, and what it started
+            end_group(process)
+    result: dict[str, Any] = {"status": "ok", "seconds": round(time.monotonic() - began_s, 1)}
     if out.exists():
         result["result"] = json.loads(out.read_text())
-        out.unlink()
-    log.unlink()
+    if code is None:
+        result["status"] = f"stopped after {seconds:.0f} s"
+    elif code != 0:
+        result["status"] = f"exit code {code}"
+    elif "skipped" in result.get("result", {}):
+        result["status"] = f"skipped: {result['result']['skipped']}"
+    result["log"] = log.read_text(errors="replace")[-LOG_CHARACTERS:]
     return result
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of the process's group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def skipped(part: Part, done: dict[str, Any], seconds: float) -> str:
@@ -224,16 +115,22 @@ def check(
     folder.mkdir(parents=True, exist_ok=True)
     ends_s = time.monotonic() + 60 * minutes
     done: dict[str, Any] = {}
-    for part in chosen:
-        seconds = min(part.seconds, ends_s - time.monotonic())
-        why = skipped(part, done, seconds)
-        done[part.name] = {"status": why} if why else run(part, seconds, folder)
-        record = {"minutes": minutes, "commit": commit(), "parts": done}
-        partial = folder / ".gpu_check.json"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.rename(folder / "gpu_check.json")
-        say(f"{done[part.name].get('seconds', 0):6.1f} s  {part.name}: {done[part.name]['status']}")
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+        folders = {"folder": folder, "work": Path(work)}
+        for part in chosen:
+            seconds = min(part.limit_s, ends_s - time.monotonic())
+            why = skipped(part, done, seconds)
+            done[part.name] = {"status": why} if why else run(part, seconds, folders, done)
+            save({"minutes": minutes, "commit": commit(), "parts": done}, folder)
+            took_s = done[part.name].get("seconds", 0.0)
+            say(f"{took_s:6.1f} s of {part.expected_s:3.0f}  {part.name}: {done[part.name]['status']}")  # fmt: skip
     return done
+
+
+def save(record: dict[str, Any], folder: Path) -> None:
+    partial = folder / ".gpu_check.json"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(folder / "gpu_check.json")
 
 
 def commit() -> str:
@@ -241,20 +138,34 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def only(parts: list[Part], text: str) -> list[Part]:
+    """Those whose name contains the text, and all that they need."""
+    by_name = {part.name: part for part in parts}
+    wanted = [part.name for part in parts if text in part.name]
+    for name in wanted:  # grows while it is read
+        wanted += [needed for needed in by_name[name].needs if needed not in wanted]
+    return [part for part in parts if part.name in wanted]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", help="parts whose name contains this, and what they need")
+    parser.add_argument("--list", action="store_true", help="the parts and their expected seconds")
     parser.add_argument("--simulate", action="store_true", help="tiny shapes on a CPU")
     arguments = parser.parse_args()
-    chosen = simulated() if arguments.simulate else parts()
+    chosen = gpu_parts.simulated() if arguments.simulate else gpu_parts.core() + gpu_parts.more()
     if arguments.only:
-        wanted = {p.name for p in chosen if arguments.only in p.name} | {"device", "build"}
-        chosen = [part for part in chosen if part.name in wanted]
+        chosen = only(chosen, arguments.only)
+    if arguments.list:
+        for part in chosen:
+            print(f"{part.expected_s:5.0f} s, at most {part.limit_s:3.0f}  {part.name}")
+        return 0
     done = check(chosen, arguments.out.resolve(), arguments.minutes, lambda s: print(s, flush=True))
     print(f"wrote {arguments.out / 'gpu_check.json'}")
-    return int(any(result["status"] != "ok" for result in done.values()))
+    good = ("ok", "skipped")
+    return int(any(not result["status"].startswith(good) for result in done.values()))
 
 
 if __name__ == "__main__":

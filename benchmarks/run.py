@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,11 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def cases_of(op: Kernel, device: torch.device, arguments: argparse.Namespace) -> Iterator[Case]:
     if not arguments.tune:
-        return op.cases(device, arguments.tiny, arguments.backends.split(","))
+        backends = arguments.backends.split(",")
+        return islice(op.cases(device, arguments.tiny, backends), arguments.first)
     if op.tuning is None:
         raise SystemExit("--tune: this op has no candidates; linear_dpo has")
-    return op.tuning(device, arguments.tiny)
+    return islice(op.tuning(device, arguments.tiny), arguments.first)
 
 
 def run_op(name: str, arguments: argparse.Namespace) -> int:
@@ -164,6 +166,7 @@ def main() -> int:
     parser.add_argument(
         "--tune", action="store_true", help="candidates for a kernel's tile sizes; writes --out"
     )
+    parser.add_argument("--first", type=int, metavar="N", help="of a kernel's cases, not all")
     parser.add_argument("--no-test", action="store_true", help="its tests have been green here")
     parser.add_argument("--out", type=Path, help="the JSON file, with --op")
     arguments = parser.parse_args()

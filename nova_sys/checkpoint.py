@@ -41,6 +41,7 @@ from nova_sys.checkpoint_files import (
 from nova_sys.config import CheckpointConfig, ModelConfig
 from nova_sys.errors import HANG_EXIT_CODE, end_at_once
 from nova_sys.forked import ForkedCall
+from nova_sys.model.te import load_scales, scale_shards
 from nova_sys.optimizer import load_optimizer
 from nova_sys.shards import PlannedShards, bytes_on_disk, plan_shards, read_shards
 
@@ -81,7 +82,7 @@ def _on_rank_0(work: Callable[[], None]) -> None:
 
 
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    """Tensors only. Megatron's layers also offer an `_extra_state` each, for FP8: empty here, and pickled."""
+    """Tensors only. Transformer Engine's layers also offer a pickled `_extra_state` each; what matters of it is in `scale_shards`."""
     return {
         f"model{index}": {
             key: value
@@ -335,6 +336,7 @@ class Checkpointer:
         for index, chunk in enumerate(chunks):
             _fill(chunk, loaded[f"model{index}"], may_lack=("_extra_state",))
         load_optimizer(optimizer, loaded["optimizer"])
+        load_scales(chunks, loaded.get("scales", {}))
         if "random" in loaded:
             states = loaded["random"]
             torch.set_rng_state(states.pop("cpu"))
@@ -349,6 +351,7 @@ class Checkpointer:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=RESHARDABLE
         )
+        state["scales"] = scale_shards(chunks)
         own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
         random = {**_rng_tracker().get_states(), **own}  # parallel.py has seeded them
         place = (0, self.rank, self.world_size)  # row `rank` of (world_size, bytes)

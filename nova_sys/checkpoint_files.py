@@ -172,7 +172,7 @@ def _damaged(checkpoint: Path, problem: str) -> str:
 
 def describe_model(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide the weights' shapes and meaning."""
-    fields = asdict(model)
+    fields = asdict(model) | {"window_layers": list(model.window_layers)}  # as JSON gives it back
     for how_it_began in ("init_from", "init_std", "kv_shift_init", "vocab_size"):
         fields.pop(how_it_began)
     return fields

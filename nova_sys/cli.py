@@ -297,6 +297,22 @@ def demo(
     raise typer.Exit(run_demo(out, seed=seed))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[--all [--out DIR] [--minutes M] | --op OP] ...",
+)
+def bench(
+    arguments: typer.Context,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Tests and measures all on a Hopper GPU: make gpu-check.")
+    ] = False,
+) -> None:
+    """Measure one op beside its peers, or with --all everything on a GPU. From the source tree; options go to benchmarks/run.py or gpu_check.py."""
+    from nova_sys.bench import run_benchmark
+
+    raise typer.Exit(run_benchmark(arguments.args, whole_machine=whole))
+
+
 def main() -> None:
     """Entry point of the `nova` script."""
     with exit_on_user_error():

@@ -6,8 +6,9 @@ receives values (`beta=config.algo.beta`), not the config.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to it: the same size for every tensor-parallel size up to 128, so checkpoints do not depend on it."""
@@ -23,6 +24,15 @@ class RunSection:
     """Folder of the run: checkpoints/, tensorboard/, metrics.jsonl, tokenizer/, cache/."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the last complete checkpoint in `dir` if there is one. never: refuse a folder that holds a run."""
+
+
+class Heads(NamedTuple):
+    """The attention of a layer. window: tokens that a token sees, itself included; 0: all before it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +59,13 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm of every query and key head, before the rotation (Qwen3)."""
     sliding_window: int = 0
-    """Tokens that a token may see, itself included; 0: all before it. Attention here sees all, which is the same thing in packs no
-    longer than the window: longer ones are refused."""
+    """Tokens that a token may see, itself included; 0: all before it."""
+    window_layers: tuple[int, ...] = ()
+    """The layers, counted from 0, that have the window; in the others tokens see everything. Empty: all layers."""
+    window_heads: int = 0
+    """Query heads of the layers in `window_layers`, of hidden_size / window_heads each (Baichuan-M1); 0: as in the others."""
+    window_kv_heads: int = 0
+    """Key/value heads of those layers; 0: as in the others."""
     rope_base: float = 10000.0
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     """What stretches the rotary frequencies. linear: all divided by `rope_factor`. llama3: the low ones are, those between the two
@@ -74,6 +89,27 @@ class ModelConfig:
     init_from: str = ""
     """Where to start: a run's `checkpoints/step_N`, a run folder (its last checkpoint), or a Hugging Face folder (config.json and
     safetensors). Empty: random weights."""
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers have weights of other shapes than others."""
+        return bool(self.window_layers) and bool(self.window_heads or self.window_kv_heads)
+
+    def heads_of(self, layer: int) -> Heads:
+        """The attention of a layer, counted from 0."""
+        windowed = self.sliding_window and (not self.window_layers or layer in self.window_layers)
+        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
+        if windowed and self.window_layers:
+            kv_heads = self.window_kv_heads or kv_heads
+            if self.window_heads:
+                heads, dim = self.window_heads, 0
+        return Heads(
+            heads, kv_heads, dim or self.hidden_size // heads, windowed and self.sliding_window
+        )
+
+    def kinds_of_layers(self) -> dict[Heads, int]:
+        """How many layers have each attention that there is, in the order of their first."""
+        return dict(Counter(self.heads_of(layer) for layer in range(self.num_layers)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +172,7 @@ class TrainConfig:
     """Packs per optimizer step over all data-parallel ranks; a multiple of the data-parallel size."""
     seed: int = 1234
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. fp8: not in this version, and refused."""
+    """auto: bf16 on a GPU, fp32 on a CPU. fp8: linear layers in FP8 through Transformer Engine, the rest as in bf16; see [fp8]."""
     recompute: Literal["none", "selective", "full"] = "none"
     """selective: attention only. full: blocks of `recompute_layers` layers keep only their input."""
     recompute_layers: int | Literal["auto"] = "auto"
@@ -149,6 +185,27 @@ class TrainConfig:
     check_first_loss: bool = True
     """DPO: stop when the first step's loss is not ln 2, or what `algo.loss` gives at a margin of 0 (wrong reference, dropout, or a
     parallelism fault)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Read where `train.precision` is "fp8"."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN_KEYS
+
+    recipe: Literal["blockwise", "tensorwise", "delayed"] = "blockwise"
+    """What shares a scale. blockwise: 128 channels of a token, 128 x 128 of a weight, so that a token's numbers do not depend on the rest
+    of its pack. tensorwise: a whole tensor. delayed: a whole tensor, by its largest magnitude in earlier steps (the least work)."""
+    first_layers_bf16: int | Literal["auto"] = "auto"
+    """The first so many layers stay in bf16. auto: 1, with delayed 0, which cannot have any."""
+    last_layers_bf16: int | Literal["auto"] = "auto"
+
+    @property
+    def edge_layers(self) -> tuple[int, int]:
+        """First and last layers in bf16, as numbers."""
+        auto = 0 if self.recipe == "delayed" else 1
+        first, last = self.first_layers_bf16, self.last_layers_bf16
+        return (auto if first == "auto" else first, auto if last == "auto" else last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +266,7 @@ class LogConfig:
     """A live bar on a terminal; otherwise a line every `every_steps` steps."""
     every_steps: int = 10
     profile_steps: tuple[int, int] | None = None
-    """First and last step that torch.profiler records, e.g. [10, 12]; the trace goes to <run.dir>/tensorboard."""
+    """First and last step that torch.profiler records, e.g. [10, 12]; the trace goes to <run.dir>/tensorboard. Under nsys: that it captures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +280,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -336,6 +336,8 @@ def _type_text(hint: Any) -> str:
         return " or ".join(_type_text(member) for member in members if member is not type(None))
     if origin is list:
         return f"a list of {_type_text(members[0])}"
+    if origin is tuple and members[-1] is Ellipsis:
+        return f"a list of {_type_text(members[0]).removeprefix('a ')}s"
     if origin is tuple:
         return f"a pair of {_type_text(members[0]).removeprefix('a ')}s"
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]

@@ -15,7 +15,8 @@ from nova_sys.config import (
     ParallelConfig,
     RunConfig,
 )
-from nova_sys.model_rules import divisors, model_problems
+from nova_sys.fp8_rules import fp8_problems
+from nova_sys.model_rules import divisors, heads_of_all_layers, model_problems
 
 LOSSES_WITH = {  # options of [algo] that only these values of algo.loss read
     "label_smoothing": ("conservative", "robust"),
@@ -51,6 +52,8 @@ NOT_NEGATIVE = [
     "model.head_dim",
     "model.vocab_size",
     "model.sliding_window",
+    "model.window_heads",
+    "model.window_kv_heads",
     "model.rope_original_positions",
     "model.init_std",
     "data.max_length",
@@ -92,7 +95,7 @@ def broken_rules(config: RunConfig, world_size: int) -> list[str]:
         *model_problems(config),
         *_algo_problems(config.algo),
         *_data_problems(config),
-        *_precision_problems(config),
+        *fp8_problems(config),
         *_schedule_problems(config),
         *_tensor_problems(config),
         *_context_problems(config),
@@ -219,15 +222,6 @@ def _data_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _precision_problems(config: RunConfig) -> list[str]:
-    if config.train.precision != "fp8":
-        return []
-    return [
-        'train.precision = "fp8": needs a Hopper GPU and Transformer Engine, which this version '
-        'does not use yet; set it to "bf16" or "auto"'
-    ]
-
-
 def _schedule_problems(config: RunConfig) -> list[str]:
     train, optimizer, problems = config.train, config.optimizer, []
     if train.steps == 0 and train.epochs == 0:
@@ -280,8 +274,7 @@ def profile_problems(config: RunConfig, num_steps: int) -> list[str]:
 def _tensor_problems(config: RunConfig) -> list[str]:
     model, parallel, problems = config.model, config.parallel, []
     split = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.num_kv_heads,
+        **heads_of_all_layers(model),
         "model.ffn_hidden_size": model.ffn_hidden_size,
         "the vocabulary's padding": VOCAB_MULTIPLE,
     }
@@ -315,7 +308,7 @@ def _context_problems(config: RunConfig) -> list[str]:
     ranks = parallel.tensor * parallel.context
     if parallel.context == 1:
         return problems
-    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads}
+    heads = heads_of_all_layers(model)
     uneven = [f"{name} = {size}" for name, size in heads.items() if size % ranks]
     if uneven:
         problems.append(

@@ -7,7 +7,6 @@ Megatron-core is imported.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import warnings
@@ -34,25 +33,11 @@ STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bo
 
 
 def quiet_third_party() -> None:
-    """Silences what is known, for good. `describe_fallbacks` tells what the import warnings meant."""
+    """Silences what is known, for good. What the import warnings meant, the optimizer tells."""
     for message, module in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def describe_fallbacks() -> str:
-    """One line on Megatron-core's optional packages: which are here, what stands in for them."""
-    # apex on the package index is another project: NVIDIA's brings the module amp_C
-    wanted = {"Transformer Engine": "transformer_engine", "NVIDIA apex": "amp_C"}
-    absent = [name for name, module in wanted.items() if importlib.util.find_spec(module) is None]
-    if len(absent) == 2:
-        return (
-            "Transformer Engine and NVIDIA apex are not installed: torch's Adam and gradient "
-            "clipping, and this package's own norm and attention, are used"
-        )
-    present = next(name for name in wanted if name not in absent)
-    return f"{present}: its fused Adam is used; norm and attention are this package's own"
 
 
 def current_rank() -> int:

@@ -1,8 +1,4 @@
-"""Throughput, memory and model-FLOPs utilisation of a step; the scalars of KV shifting.
-
-FLOPs are what the packs needed, not what ran: padding, recomputation and masked attention tiles do not count. A multiply-add is two
-FLOPs; the backward pass costs twice the forward.
-"""
+"""Throughput, memory, model-FLOPs utilisation (`flops.py`) and GPU figures (`nvml.py`) of a step; the scalars of KV shifting."""
 
 from __future__ import annotations
 
@@ -17,32 +13,19 @@ import torch.distributed as dist
 
 from nova_sys.config import ModelConfig, RunConfig
 from nova_sys.data.batch import Pack
+from nova_sys.flops import training_flops
+from nova_sys.nvml import MAXIMA, GpuMonitor, gpu_uuid
 from nova_sys.parallel import Parallel
 
 # Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_BF16_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+GPU_MEANS = ("power_w", "utilization_percent", "sm_clock_mhz", "memory_clock_mhz", "draw_w")
+"""What a rank knows of its GPU, to be averaged over the job."""
 KV_SHIFT_TAGS = {
     "k_mix_K2": ("kv_shift/k_previous", "kv_shift/k_current"),
     "v_mix_K2": ("kv_shift/v_previous", "kv_shift/v_current"),
 }
 """Parameter -> TensorBoard tags of its two columns."""
-
-
-def attention_area(segments_S4: np.ndarray) -> int:
-    """Allowed (query, key) pairs of a pack: causal within each segment, plus every branch token against its prefix."""
-    start, end, prefix_start, prefix_end = segments_S4.astype(np.int64).T
-    length = end - start
-    return int((length * (length + 1) // 2 + length * (prefix_end - prefix_start)).sum())
-
-
-def training_flops(model: ModelConfig, head_dim: int, vocab_size: int, pack: Pack) -> float:
-    """Forward and backward FLOPs of one pack: projections on its tokens, attention on its area, the head on its response rows."""
-    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.hidden_size
-    projections = width * head_dim * (2 * heads + 2 * kv_heads) + 3 * width * model.ffn_hidden_size
-    area = attention_area(pack.segments_S4[pack.segments_S4[:, 0] < pack.num_tokens])
-    forward = 2.0 * model.num_layers * (projections * pack.num_tokens + 2 * heads * head_dim * area)
-    forward += 2.0 * width * vocab_size * len(pack.row_R)
-    return 3.0 * forward
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -71,44 +54,53 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class StepClock:
-    """Turns a step's packs and seconds into the record's throughput fields: sums over the data-parallel ranks, and the largest peak
-    memory and wait for data of any rank."""
+    """Turns a step's packs and seconds into the record's throughput, memory and GPU fields, of the whole job. Until `close()`."""
 
     def __init__(
         self,
         model: ModelConfig,
         parallel: Parallel,
         *,
-        head_dim: int,
         vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self.model, self.parallel = model, parallel
-        self.head_dim, self.vocab_size = head_dim, vocab_size
+        self.model, self.vocab_size, self.parallel = model, vocab_size, parallel
         self.peak_flops = peak_flops(parallel.device, dtype)
+        self.gpu = GpuMonitor(gpu_uuid(parallel.device))
+
+    def close(self) -> None:
+        self.gpu.close()
 
     def record(
         self, packs: Sequence[Pack], step_time_s: float, data_wait_s: float
     ) -> dict[str, float]:
+        """Collectives: one sum and one maximum over all ranks."""
+        gpu, parallel = self.gpu.since_last(), self.parallel
         local = [
             float(sum(p.num_tokens for p in packs)),
             float(sum(len(p.tokens_T) for p in packs)),
             float(sum(len(p.document_P) for p in packs)),
-            sum(training_flops(self.model, self.head_dim, self.vocab_size, p) for p in packs),
+            sum(training_flops(self.model, self.vocab_size, p) for p in packs),
         ]
-        sums = torch.tensor(local, dtype=torch.float64, device=self.parallel.device)
-        dist.all_reduce(
-            sums, group=self.parallel.groups.dp
-        )  # now the global batch's, on every rank
-        tokens, slots, documents, flops = sums.tolist()
+        local += [gpu.get(name, 0.0) for name in GPU_MEANS]
+        local += [float(name in gpu) for name in GPU_MEANS]
+        sums = torch.tensor(local, dtype=torch.float64, device=parallel.device)
+        dist.all_reduce(sums)  # now of all ranks, so of all GPUs, and `copies` times the global batch's
+        values = sums.tolist()
+        copies = parallel.world_size // parallel.data_size
+        tokens, slots, documents, flops = (value / copies for value in values[:4])
         largest = torch.tensor(
-            [peak_memory_gib(self.parallel.device), data_wait_s],
+            [
+                peak_memory_gib(parallel.device),
+                data_wait_s,
+                *(gpu.get(name, -math.inf) for name in MAXIMA),
+            ],
             dtype=torch.float64,
-            device=self.parallel.device,
+            device=parallel.device,
         )
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # now the largest of any rank
-        peak_gib, wait_s = largest.tolist()
-        world = self.parallel.world_size
+        peak_gib, wait_s, *maxima = largest.tolist()
+        world = parallel.world_size
         record = {
             "tokens_per_s": tokens / step_time_s,
             "tokens_per_s_per_gpu": tokens / step_time_s / world,
@@ -119,7 +111,27 @@ class StepClock:
             "peak_gib": peak_gib,
         }
         record["mfu"] = flops / step_time_s / world / self.peak_flops
-        return record
+        return record | _gpu_fields(values[4:], maxima, record["tokens_per_s"], world)
+
+
+def _gpu_fields(
+    sums: list[float], maxima: list[float], tokens_per_s: float, world_size: int
+) -> dict[str, float]:
+    """Means over the GPUs that told a value, maxima, and the job's energy per token, if all of its GPUs told their power.
+
+    sums: of GPU_MEANS over the job, then from how many GPUs each came.
+    """
+    totals, counts = sums[: len(GPU_MEANS)], sums[len(GPU_MEANS) :]
+    told = {name: (x, n) for name, x, n in zip(GPU_MEANS, totals, counts, strict=True) if n}
+    fields = {f"gpu_{name}": x / n for name, (x, n) in told.items()}
+    if fields.pop("gpu_draw_w", None) is not None:
+        draw_w, num_gpus = told["draw_w"]
+        if num_gpus == world_size and tokens_per_s > 0:
+            fields["gpu_energy_mj_per_token"] = 1e3 * draw_w / tokens_per_s
+    for name, value in zip(MAXIMA, maxima, strict=True):
+        if value > -math.inf:
+            fields[f"gpu_{name}"] = value
+    return fields
 
 
 def kv_shift_histograms(

@@ -39,12 +39,58 @@ def model_problems(config: RunConfig) -> list[str]:
             'model.kv_shift_init = "random": has no effect while model.kv_shift is false; '
             "set model.kv_shift to true, or leave model.kv_shift_init out"
         )
-    if 0 < model.sliding_window < config.data.pack_length:
+    return problems + _window_problems(model) + _rope_problems(model)
+
+
+def heads_of_all_layers(model: ModelConfig) -> dict[str, int]:
+    """Every number of heads that some layer has, by its key: what must divide among ranks."""
+    heads = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads}
+    others = {
+        "model.window_heads": model.window_heads,
+        "model.window_kv_heads": model.window_kv_heads,
+    }
+    return heads | {key: count for key, count in others.items() if count}
+
+
+def _window_problems(model: ModelConfig) -> list[str]:
+    layers, problems = model.window_layers, []
+    given = {
+        "window_layers": list(layers),
+        "window_heads": model.window_heads,
+        "window_kv_heads": model.window_kv_heads,
+    }
+    if not model.sliding_window:
+        problems += [
+            f"model.{key} = {value}: has no effect while model.sliding_window is 0; set that to the tokens that a token sees, or leave "
+            f"model.{key} out"
+            for key, value in given.items()
+            if value
+        ]
+    elif not layers:
+        problems += [
+            f"model.{key} = {given[key]}: has no effect without model.window_layers; list the layers that it is about"
+            for key in ("window_heads", "window_kv_heads")
+            if given[key]
+        ]
+    if sorted(set(layers)) != list(layers) or any(
+        not 0 <= layer < model.num_layers for layer in layers
+    ):
         problems.append(
-            f"data.pack_length = {config.data.pack_length}: must not exceed model.sliding_window = "
-            f"{model.sliding_window}, because attention here has no window; lower data.pack_length"
+            f"model.window_layers = {list(layers)}: must name layers from 0 to {model.num_layers - 1}, each once and in order"
         )
-    return problems + _rope_problems(model)
+    heads, kv_heads = (
+        model.window_heads or model.num_heads,
+        model.window_kv_heads or model.num_kv_heads,
+    )
+    if model.layers_differ and heads % kv_heads:
+        problems.append(
+            f"model.window_kv_heads = {kv_heads}: must divide the {heads} heads of these layers; choose one of {divisors(heads)}"
+        )
+    if model.window_heads and (model.hidden_size % heads or model.hidden_size // heads % 2):
+        problems.append(
+            f"model.window_heads = {heads}: must divide model.hidden_size = {model.hidden_size} into heads of an even size; change one of them"
+        )
+    return problems
 
 
 def _rope_problems(model: ModelConfig) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import optimizer as mcore_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -19,8 +21,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_sys.config import OptimizerConfig
+from nova_sys.model.te import BY_ITSELF, accumulate_in_place
 from nova_sys.parallel import Parallel
+from nova_sys.profiling import MegatronRanges
 
+logger = logging.getLogger(__name__)
+
+BACKENDS = {"transformer_engine": "Transformer Engine", "apex": "NVIDIA apex", "torch": "torch"}
 HYPERPARAMETERS = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
 
 
@@ -39,7 +46,8 @@ def wrap_for_training(
         check_for_nan_in_grad=False,  # step.py looks once, on all ranks together, and says where
     )
     config.finalize_model_grads_func = finalize_model_grads
-    return [
+    config.timers = MegatronRanges()
+    ddp = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
@@ -49,6 +57,19 @@ def wrap_for_training(
         )
         for index, chunk in enumerate(chunks)
     ]
+    accumulates = accumulate_in_place(ddp) if parallel.device.type == "cuda" else BY_ITSELF
+    logger.info("%s", _describe_backends(config, accumulates))
+    return ddp
+
+
+def _describe_backends(config: TransformerConfig, accumulates: str) -> str:
+    """One line on Megatron's optional packages: what each part of a step runs on. Megatron takes Transformer Engine's Adam before apex's."""
+    adam = BACKENDS[mcore_optimizer.Adam.__module__.partition(".")[0]]
+    linear = "Megatron's"
+    if config.fp8:
+        first, last = config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16
+        linear = f"Transformer Engine's, FP8 {config.fp8_recipe} but in the first {first} and last {last} layers"
+    return f"linear layers: {linear}; weight gradients added by {accumulates}; Adam and gradient clipping: {adam}; norm and attention: our own"
 
 
 def build_optimizer(
@@ -71,6 +92,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        timers=MegatronRanges(),
     )
     overrides = get_standard_config_overrides(options)
     overrides[ParamKey(name=("*.k_mix_K2", "*.v_mix_K2"))] = {"wd_mult": 0.0}  # pyright: ignore[reportArgumentType]

@@ -288,7 +288,7 @@ def shared_scratch(parallel: Parallel) -> Iterator[Path]:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    """Of weights and activations. auto: bf16 on a GPU, fp32 on a CPU. FP8 lives inside of linear layers only."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return torch.float32 if precision == "fp32" else torch.bfloat16

@@ -19,17 +19,44 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nova_sys.config import RunConfig
 from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
+from nova_sys.model.te import read_scales, write_scales
 from nova_sys.parallel import Parallel, from_main
 from nova_sys.step import response_logps
 
 logger = logging.getLogger(__name__)
 
 
+def numbers_of(config: RunConfig, dtype: torch.dtype, data_size: int) -> str:
+    """What decides how a forward pass rounds, besides the weights. FP8 numbers also depend on what shares a scale with them."""
+    if config.train.precision != "fp8":
+        return str(dtype)
+    recipe, parallel = config.fp8.recipe, config.parallel
+    decides = [
+        recipe,
+        *config.fp8.edge_layers,
+        parallel.tensor,
+        parallel.context,
+        parallel.sequence,
+    ]
+    if recipe != "blockwise":  # the other tokens of the pack
+        decides += [config.data.pack_length, config.train.seed]
+    if recipe == "delayed":  # those of the first step
+        decides += [config.train.global_batch_packs, data_size, parallel.pipeline]
+    return json.dumps(["fp8", *decides])
+
+
 def cache_key(weights_identity: str, data_key: str, precision: str, share_prefix: bool) -> str:
     text = json.dumps([weights_identity, data_key, precision, share_prefix])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def log_tenths(done: int, total: int) -> None:
+    """Tells of every tenth of a long pass."""
+    if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+        logger.info("reference: %d%%", 100 * done // total)
 
 
 def compute_logps(
@@ -38,15 +65,17 @@ def compute_logps(
     num_responses: int,
     parallel: Parallel,
     *,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] = log_tenths,
 ) -> np.ndarray:
     """Summed log-probability of every response (num_responses,) fp64, by one pass over an epoch; the same on every rank.
 
+    FP8 scales that forward passes adjust are as before it.
     Raises: RuntimeError when a response was not scored (its log-prob would be silently wrong).
     """
     logp = torch.zeros(num_responses, dtype=torch.float64)
     seen = torch.zeros(num_responses, dtype=torch.float64)
     steps = loader.steps_for(1.0)
+    scales = read_scales(chunks)
     for step in range(steps):
         packs = loader.micro_batches(step)
         for pack, logp_B in zip(packs, response_logps(chunks, packs, parallel), strict=False):
@@ -54,8 +83,8 @@ def compute_logps(
                 response_B = torch.from_numpy(pack.response_B)
                 logp[response_B] = logp_B.cpu()
                 seen[response_B] = 1
-        if on_step is not None:
-            on_step(step + 1, steps)
+        on_step(step + 1, steps)
+    write_scales(chunks, scales)
     both = torch.stack([logp, seen]).to(parallel.device)
     dist.all_reduce(both)  # now every response's log-prob, from the one rank that scored it
     if not bool((both[1] == 1).all()):
@@ -129,9 +158,13 @@ class OnlineReference:
     def __init__(self, chunks: Sequence[Any], parallel: Parallel) -> None:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.parallel = parallel
+        self.scales = read_scales(self.chunks)
 
     def score(self, packs: list[Pack]) -> list[Pack]:
         """The same packs with `ref_logp_B` filled in, on last-stage ranks; other stages do not need it."""
+        write_scales(
+            self.chunks, self.scales
+        )  # training adjusts those of every model in the process
         scored = response_logps(self.chunks, packs, self.parallel)
         if not scored:
             return packs

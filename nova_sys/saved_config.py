@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from nova_sys.checkpoint_files import (
     refuse_damaged,
     resolve_checkpoint,
 )
-from nova_sys.config import RunConfig
+from nova_sys.config import Fp8Config, RunConfig
 from nova_sys.config_io import TYPES, check, config_from, load_recipe
-from nova_sys.hf.config_json import CONFIG, default_pack_length, is_hf_folder, read_model
+from nova_sys.hf.config_json import CONFIG, is_hf_folder
+
+logger = logging.getLogger(__name__)
 
 # A checkpoint remembers the layout it was trained on; it is used on one rank unless the caller says otherwise.
 ONE_RANK = (
@@ -96,7 +99,6 @@ def checkpoint_config(
     if is_hf_folder(checkpoint):
         folder, text = Path(checkpoint), as_toml(str(checkpoint))
         own = [f"model.init_from={text}", f"data.tokenizer={text}", NO_DATA]
-        own += [f"data.pack_length={default_pack_length(read_model(folder)[1])}"]
         return folder, config_from([*own, *overrides], folder / CONFIG)
     folder = resolve_checkpoint(checkpoint)
     refuse_damaged(folder)
@@ -121,8 +123,21 @@ def config_for(
         _refuse_ignored(command, override)
     folder, config = checkpoint_config(checkpoint, [*own, *overrides])
     config = replace(config, train=replace(config.train, global_batch_packs=world_size))
+    config = _without_fp8(command, config, overrides)
     check(config, world_size)
     return folder, config
+
+
+def _without_fp8(command: Command, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """FP8 is a way to train: it wants whole packs, and scales that only a run has. Its weights are kept in bf16."""
+    if config.train.precision == "fp8":
+        for override in (o for o in overrides if o.partition("=")[0].strip() == "train.precision"):
+            raise ValueError(
+                f'--set {override}: nova {command.name} does not run in FP8, which is for training; leave it out, or set it to "bf16"'
+            )
+        logger.info("trained in FP8; nova %s runs in bf16 on a GPU, in fp32 on a CPU", command.name)
+        config = replace(config, train=replace(config.train, precision="auto"))
+    return replace(config, fp8=Fp8Config())
 
 
 def _refuse_ignored(command: Command, override: str) -> None:

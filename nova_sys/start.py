@@ -37,6 +37,9 @@ NEWER_MODEL_FIELDS = (
     "qkv_bias",
     "qk_norm",
     "sliding_window",
+    "window_layers",
+    "window_heads",
+    "window_kv_heads",
     "rope_scaling",
     "rope_factor",
     "rope_low_freq_factor",
@@ -148,7 +151,7 @@ def run_fields(config: RunConfig) -> dict[str, Any]:
         "algo": asdict(config.algo) | {"reference": None},  # cache and online are the same numbers
         "train.seed": config.train.seed,
         "train.global_batch_packs": config.train.global_batch_packs,
-        "train.precision": str(choose_dtype(config.train.precision, device)).removeprefix("torch."),
+        "train.precision": _precision(config, choose_dtype(config.train.precision, device)),
         "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
         "data.pack_length": config.data.pack_length,
         "data.max_length": config.data.max_length,
@@ -156,9 +159,18 @@ def run_fields(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _precision(config: RunConfig, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if config.train.precision != "fp8":
+        return name
+    first, last = config.fp8.edge_layers
+    return f"fp8 {config.fp8.recipe}, the first {first} and last {last} layers {name}"
+
+
 def _refuse_another_run(run_dir: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     ours, saved = _flat(json.loads(json.dumps(ours))), _flat(saved)  # lists and tuples alike
-    saved = {f"model.{name}": getattr(ModelConfig(), name) for name in NEWER_MODEL_FIELDS} | saved
+    defaults = describe_model(ModelConfig())
+    saved = {f"model.{name}": defaults[name] for name in NEWER_MODEL_FIELDS} | saved
     differing = [
         f"{k}: {saved.get(k)} there, {v} here"
         for k, v in ours.items()

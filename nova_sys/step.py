@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from nova_kernels.ranges import profiler_range, ranged
 from nova_sys.algo.base import Algorithm, sequence_logp
 from nova_sys.data.batch import DevicePack, Pack
 from nova_sys.parallel import Parallel
@@ -44,7 +45,8 @@ def run_schedule(
 
     def forward_step(data: Iterator[Pack], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         parallel.watchdog.progress()
-        pack = next(data).to(parallel.device)
+        with profiler_range("nova.pack to device"):
+            pack = next(data).to(parallel.device)
         return chunk(pack), partial(_swap, on_output, pack)
 
     iterators = [iter(packs) for _ in chunks]
@@ -60,6 +62,7 @@ def run_schedule(
     )
 
 
+@ranged("nova.loss")
 def _swap(on_output: Callable, pack: DevicePack, output: torch.Tensor) -> tuple:
     return on_output(output, pack)
 
@@ -179,7 +182,10 @@ def packs_with_faulty_gradient(
 def response_logps(
     chunks: Sequence[torch.nn.Module], packs: Sequence[Pack], parallel: Parallel
 ) -> list[torch.Tensor]:
-    """Sum of log-probabilities per response (B,) fp64 for each pack, on last-stage ranks; an empty list elsewhere."""
+    """Sum of log-probabilities per response (B,) fp64 for each pack, on last-stage ranks; an empty list elsewhere.
+
+    In eval mode: with recomputation, Transformer Engine would keep the scales of these passes for a backward pass that never comes.
+    """
 
     def on_output(
         logp_R: torch.Tensor, pack: DevicePack
@@ -187,5 +193,12 @@ def response_logps(
         zero = torch.zeros((), device=logp_R.device)
         return zero, zero.int(), sequence_logp(logp_R, pack)
 
-    with parallel.watchdog.phase("forward without gradients"):
-        return run_schedule(chunks, packs, on_output, parallel, forward_only=True)
+    trained = [chunk for chunk in chunks if chunk.training]
+    try:
+        for chunk in trained:
+            chunk.eval()
+        with parallel.watchdog.phase("forward without gradients"):
+            return run_schedule(chunks, packs, on_output, parallel, forward_only=True)
+    finally:
+        for chunk in trained:
+            chunk.train()

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: metrics.jsonl, TensorBoard, a progress bar, traces."""
+"""What a run shows and leaves behind: metrics.jsonl, TensorBoard, a progress bar. Traces: `profiling.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from nova_sys.log import console
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch.profiler import ProfilerAction, profile
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,13 @@ TAGS = {  # name in a record and in metrics.jsonl -> TensorBoard tag
     "data_wait_ms": "perf/data_wait_ms",
     "mfu": "perf/mfu",
     "peak_gib": "memory/peak_gib",
+    "gpu_power_w": "gpu/power_w",
+    "gpu_utilization_percent": "gpu/utilization_percent",
+    "gpu_sm_clock_mhz": "gpu/sm_clock_mhz",
+    "gpu_memory_clock_mhz": "gpu/memory_clock_mhz",
+    "gpu_temperature_c": "gpu/temperature_c",
+    "gpu_used_gib": "gpu/used_gib",
+    "gpu_energy_mj_per_token": "gpu/energy_mj_per_token",
     "fill": "data/fill",
     "epoch": "data/epoch",
     "num_pairs": "data/num_pairs",
@@ -257,56 +263,3 @@ class _Bar:
 
     def stop(self) -> None:
         self._live.stop()
-
-
-class Profiler:
-    """Records steps (first, last) into a trace that TensorBoard's profile plugin opens.
-
-    Call `step(step)` at the end of every step, and `close()` at the end of the run. With None, or
-    with steps that are already done, nothing happens.
-    """
-
-    def __init__(
-        self, run_dir: Path, steps: tuple[int, int] | None, *, start_step: int = 0, rank: int = 0
-    ) -> None:
-        self._profile: profile | None = None
-        if steps is None or steps[1] <= start_step:
-            return
-        import torch.profiler
-
-        self._first, self._last = max(steps[0], start_step + 1), steps[1]
-        self._start_step = start_step
-        folder = run_dir / "tensorboard"
-        write = torch.profiler.tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
-
-        def on_trace_ready(finished: profile) -> None:
-            write(finished)
-            logger.info("profiled steps %d to %d into %s", self._first, self._last, folder)
-
-        self._profile = torch.profiler.profile(
-            schedule=self._action, on_trace_ready=on_trace_ready, record_shapes=True
-        )
-        self._profile.start()
-
-    def step(self, step: int) -> None:
-        """Says that the (1-based) step is over."""
-        if self._profile:
-            self._profile.step()
-            if step >= self._last:
-                self.close()
-
-    def close(self) -> None:
-        """Writes a trace that is still being recorded."""
-        if self._profile:
-            self._profile.stop()
-            self._profile = None
-
-    def _action(self, num_done: int) -> ProfilerAction:
-        from torch.profiler import ProfilerAction
-
-        step = self._start_step + num_done + 1
-        if step == self._last:
-            return ProfilerAction.RECORD_AND_SAVE
-        if self._first <= step < self._last:
-            return ProfilerAction.RECORD
-        return ProfilerAction.WARMUP if step == self._first - 1 else ProfilerAction.NONE

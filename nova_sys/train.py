@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nova_sys.config_io import check, load_recipe
 from nova_sys.errors import exit_on_user_error
-from nova_sys.log import describe_fallbacks, setup_logging
+from nova_sys.log import setup_logging
 from nova_sys.stopping import stop_signals
 
 
@@ -23,14 +23,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error(), stop_signals() as stop:
         config = load_recipe(args.recipe, args.set)
         from nova_sys.model.build import check_kernels
+        from nova_sys.model.te import check_precision
         from nova_sys.parallel import current_world_size, parallel_run
         from nova_sys.trainer import Trainer
 
         check(config, current_world_size())
         hangs = Path(config.run.dir) / "hangs"
         with parallel_run(config.parallel, seed=config.train.seed, hangs_dir=hangs) as parallel:
-            logging.getLogger(__name__).info("%s; %s", parallel.describe(), describe_fallbacks())
+            logging.getLogger(__name__).info("%s", parallel.describe())
             check_kernels(config.train.kernels, parallel.device)
+            check_precision(config.train.precision, config.fp8, parallel.device)
             Trainer(config, parallel, stop).train()
 
 

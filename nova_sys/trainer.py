@@ -24,17 +24,19 @@ from nova_sys.errors import ToldStop
 from nova_sys.hf.carried import carried_texts
 from nova_sys.hf.weights import load_any_weights
 from nova_sys.metrics import StepClock, kv_shift_histograms
-from nova_sys.model.build import attention_tile_sizes, build_model, head_dim, transformer_config
+from nova_sys.model.build import attention_tile_sizes, build_model, transformer_config
 from nova_sys.model.gpt import PackedGPT
+from nova_sys.model.te import settle_scales
 from nova_sys.non_finite import explain_non_finite
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
 from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first, on_any_rank
-from nova_sys.reference import OnlineReference, cache_key, cached_logps, compute_logps
+from nova_sys.profiling import Profiler
+from nova_sys.reference import OnlineReference, cache_key, cached_logps, compute_logps, numbers_of
 from nova_sys.run_lock import RunLock
 from nova_sys.start import claim, find_start, first_weights, run_fields
-from nova_sys.step import NonFiniteStep, StepResult, train_step
+from nova_sys.step import NonFiniteStep, StepResult, response_logps, train_step
 from nova_sys.stopping import StopRequest
-from nova_sys.telemetry import Profiler, Record, Telemetry
+from nova_sys.telemetry import Record, Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ class Trainer:
         config = self.config
         done = self.start_step
         ends = [self.lock.release, self.telemetry.close, self.loader.stop, self.checkpointer.close]
+        ends.append(self.clock.close)
         try:
             profiler = Profiler(
                 self.run_dir,
@@ -123,11 +126,11 @@ class Trainer:
             while done < self.total_steps and not self.stop.agreed:
                 self._one_step(done)
                 done += 1
-                profiler.step(done)
                 if config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0:
                     self.save(done)
                 self.checkpointer.poll()
                 self.stop.reason = self.stop.reason or self.telemetry.problem
+                profiler.step(done)
             if done > self.start_step:
                 self.save(done)
             self.checkpointer.wait()
@@ -267,6 +270,7 @@ class Trainer:
             self.config.model,
             self.parallel,
             dtype=self.dtype,
+            fp8=self.config.fp8 if train.precision == "fp8" else None,
             recompute=train.recompute,
             recompute_layers=train.recompute_layers,
         )
@@ -275,7 +279,6 @@ class Trainer:
         return StepClock(
             self.config.model,
             self.parallel,
-            head_dim=head_dim(self.config.model),
             vocab_size=self.vocab_size,
             dtype=self.dtype,
         )
@@ -304,29 +307,33 @@ class Trainer:
         )
 
     def _load_first_weights(self, chunks: list[PackedGPT]) -> None:
-        """The weights of step 0 into `chunks`, which are random so far."""
+        """The weights of step 0 into `chunks`, which are random so far; FP8 scales for them, where layers keep some."""
         folder = from_main(self.parallel, lambda: first_weights(self.start, self.config), slow=True)
         if folder is not None:
             load_any_weights(folder, chunks, self.config.model, self.vocab_size)
+        settle_scales(
+            chunks,
+            lambda: response_logps(chunks, self._loader(1.0).micro_batches(0), self.parallel),
+        )
+
+    def _loader(self, epochs: float | None, ref_logp: np.ndarray | None = None) -> PackLoader:
+        config = self.config
+        return PackLoader(
+            self.data.store,
+            pack_length=config.data.pack_length,
+            global_batch_packs=config.train.global_batch_packs,
+            data_rank=self.parallel.data_rank,
+            data_size=self.parallel.data_size,
+            seed=config.train.seed,
+            share_prefix=config.data.share_prefix,
+            epochs=epochs,
+            ref_logp=ref_logp,
+            tile_sizes=attention_tile_sizes(config.model, self.parallel, config.train.kernels),
+        )
 
     def _build_loader(self) -> PackLoader:
         """The loader, with reference log-probs attached when the algorithm wants them from the cache."""
         config, store = self.config, self.data.store
-        tile_sizes = attention_tile_sizes(config.model, self.parallel, config.train.kernels)
-
-        def loader(epochs: float | None, ref_logp: np.ndarray | None = None) -> PackLoader:
-            return PackLoader(
-                store,
-                pack_length=config.data.pack_length,
-                global_batch_packs=config.train.global_batch_packs,
-                data_rank=self.parallel.data_rank,
-                data_size=self.parallel.data_size,
-                seed=config.train.seed,
-                share_prefix=config.data.share_prefix,
-                epochs=epochs,
-                ref_logp=ref_logp,
-                tile_sizes=tile_sizes,
-            )
 
         def compute() -> np.ndarray:
             logger.info(
@@ -334,21 +341,18 @@ class Trainer:
             )
             if self.start.resume_from:
                 self._load_first_weights(self.chunks)  # the cache was deleted since the run began
-            return compute_logps(
-                self.chunks, loader(1.0), store.num_responses, self.parallel, on_step=log_tenths
-            )
+            return compute_logps(self.chunks, self._loader(1.0), store.num_responses, self.parallel)
 
         ref_logp = None
         if self.algorithm.needs_reference and config.algo.reference == "cache":
-            key = cache_key(
-                self.start.identity, store.key, str(self.dtype), config.data.share_prefix
-            )
+            numbers = numbers_of(config, self.dtype, self.parallel.data_size)
+            key = cache_key(self.start.identity, store.key, numbers, config.data.share_prefix)
             path = self.data.cache_dir / f"reference-{key}.npz"
             ref_logp, there = cached_logps(path, store.num_responses, compute, self.parallel)
             logger.info(
                 "reference log-probs: %s", "from the cache" if there else "computed and cached"
             )
-        return loader(None if config.train.steps else config.train.epochs, ref_logp)
+        return self._loader(None if config.train.steps else config.train.epochs, ref_logp)
 
     def _count_steps(self) -> int:
         train = self.config.train
@@ -391,9 +395,3 @@ class Trainer:
                 "data (delete the cache folder), randomness in the forward pass such as dropout, or a fault in tensor or sequence "
                 "parallelism. train.check_first_loss=false turns this check off"
             )
-
-
-def log_tenths(done: int, total: int) -> None:
-    """Tells of every tenth of a long pass."""
-    if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
-        logger.info("reference: %d%%", 100 * done // total)

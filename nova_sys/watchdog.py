@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
+from nova_kernels.ranges import profiler_range
 from nova_sys.errors import HANG_EXIT_CODE, end_at_once
 from nova_sys.hang_report import (
     ADVICE,
@@ -115,12 +116,13 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, *, watched: bool = True) -> Iterator[None]:
-        """Says what this rank does inside; afterwards it does what it did before, and the clock starts anew."""
+        """Says what this rank does inside, to profilers too; afterwards it does what it did before, and the clock starts anew."""
         outer = self._now
         limit_s = self._timeout_s if self.warm else max(self._timeout_s, FIRST_STEP_S)
         self._enter(name, limit_s if watched else None)
         try:
-            yield
+            with profiler_range(f"nova.{name}"):
+                yield
         finally:
             self._enter(outer.phase, outer.limit_s)
 

@@ -138,7 +138,8 @@ class ChatTemplate:
 
     name: for messages.   text: the Jinja2 source.
     is_built_in: BOS is ours to add, not the template's.
-    end_of_turn: the text that ends an assistant turn, "" if the template has none.
+    end_of_turn: the text that ends an assistant turn, "" if the template has none; not the EOS that some (Phi-3's) write once more
+    behind the last turn.
     closes_turns: it has one.
     """
 
@@ -192,6 +193,11 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The dialogue as text, and the ranges of it that the assistant turns from index `first` on
         must learn. prompt: what `render` makes of the turns before `first`, if that is known."""
+        if self._drops_text:
+            raise ValueError(
+                f"the chat template {self.name} leaves out what the assistant says when that is plain text (those of models that see "
+                "images want lists of parts); there would be nothing to learn. Use another data.template"
+            )
         text, blocks = _strip_marks(self._render(messages, tools, False))
         if not blocks:
             return text, self._spans_by_prefixes(text, messages, tools, first, prompt)
@@ -238,6 +244,8 @@ class ChatTemplate:
             through = text if is_last else self.render(messages[: i + 1], tools=tools)
             if self.closes_turns:
                 through = through.rstrip()
+                if not through.endswith(self.end_of_turn):
+                    through = self._without_eos(through)
             if not (text.startswith(through) and through.startswith(before)):
                 raise ValueError(
                     f"the chat template {self.name} renders turn {i} (assistant) differently when "
@@ -261,7 +269,7 @@ class ChatTemplate:
     def _probe_end_of_turn(self) -> str:
         """What the template writes behind an answer, without trailing white space; "" if
         nothing."""
-        answer = "forty-two"
+        answer, self._drops_text = "forty-two", False
         try:
             marked = self._render(
                 [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}],
@@ -270,7 +278,12 @@ class ChatTemplate:
             )
         except ValueError:
             return ""  # it needs other turns: the dialogue itself will tell
-        return _strip_marks(marked)[0].rpartition(answer)[2].rstrip()
+        _, found, behind = _strip_marks(marked)[0].rpartition(answer)
+        self._drops_text = not found
+        return (self._without_eos(behind.rstrip()) or behind.rstrip()) if found else ""
+
+    def _without_eos(self, text: str) -> str:
+        return text.removesuffix(self._special_texts.get("eos_token", "")).rstrip()
 
 
 def _said(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""config.json of a Hugging Face folder and `[model]` of a recipe, both ways.
+"""config.json of a Hugging Face folder to `[model]` of a recipe; config_out.py is the way back.
 
-Read: as transformers 4 writes it (rope_theta, rope_scaling, torch_dtype) and as 5 does (rope_parameters, dtype). Written: what was
-read, with the model's own values in its places; without such a file as transformers 4 does, which 5 reads too.
+Read as transformers 4 writes it (rope_theta, rope_scaling, torch_dtype) and as 5 does (rope_parameters, dtype).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nova_sys.config import DataConfig, ModelConfig
+from nova_sys.config import ModelConfig
 from nova_sys.hf.families import FAMILIES, OPTIONS, Family
 
 CONFIG = "config.json"
@@ -33,6 +32,10 @@ ROPE_TYPES = {  # ours: theirs, and what it reads
     "linear": ("linear", ("rope_factor",)),
     "llama3": ("llama3", tuple(ROPE_NAMES)),
 }
+SWA_HEADS = {  # of layers with a window: theirs, ours
+    "num_swa_attention_heads": "window_heads",
+    "num_swa_key_value_heads": "window_kv_heads",
+}
 ONLY = {  # a key that is there must have one of these values: nothing here computes the others
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -52,6 +55,9 @@ FROM_FOLDER = (
     "kv_shift",
     "tied_embeddings",
     "sliding_window",
+    "window_layers",
+    "window_heads",
+    "window_kv_heads",
     "norm_eps",
     "rope_base",
     "rope_scaling",
@@ -110,7 +116,7 @@ def read_model(folder: Path) -> tuple[Family, ModelConfig]:
     if not _is_positive(fields["norm_eps"]):
         problems.append(f"rms_norm_eps = {json.dumps(fields['norm_eps'])}: {A_NUMBER}")
     fields["tied_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    fields["sliding_window"] = _window(config, problems)
+    fields |= _window_fields(family, config, fields, problems)
     if not problems:
         problems += _family_problems(family, fields, config)
     if problems:
@@ -190,16 +196,47 @@ def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _window(config: dict[str, Any], problems: list[str]) -> int:
-    """The smallest window that any layer has; 0 where all see everything."""
-    layers = config.get("layer_types") or []
-    if not isinstance(layers, list):
-        problems.append(f"layer_types = {json.dumps(layers)[:80]}: must be a list")
-    elif layers and "sliding_attention" not in layers:
-        return 0
-    if config.get("use_sliding_window") is False or config.get("sliding_window_layers") == []:
-        return 0
-    return _optional_number(config, "sliding_window", problems)
+def _window_fields(
+    family: Family, config: dict[str, Any], fields: dict[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """Which layers have a window, as the family's configuration tells it; {} where all see everything."""
+    if not (family.windows and config.get("sliding_window")) or (
+        family.windows == "layer_types" and not config["use_sliding_window"]
+    ):
+        return {}
+    window, num_layers = _number(config, "sliding_window", problems), fields["num_layers"]
+    layers = _windowed_layers(family, config, num_layers)
+    if layers is None:
+        problems.append(
+            f"{family.windows} = {json.dumps(config.get(family.windows))[:80]}: must tell which of the {num_layers} layers have the window"
+        )
+    if not layers:
+        return {}
+    windowed: dict[str, Any] = {"sliding_window": window}
+    for theirs, ours in SWA_HEADS.items():
+        count = _optional_number(config, theirs, problems)
+        if count and count != fields[ours.replace("window", "num")]:
+            windowed[ours] = count
+    if len(windowed) > 1 or len(layers) < num_layers:
+        windowed["window_layers"] = tuple(layers)
+    return windowed
+
+
+def _windowed_layers(family: Family, config: dict[str, Any], num_layers: int) -> list[int] | None:
+    """None where the value makes no sense."""
+    given, every = config.get(family.windows), list(range(num_layers))
+    if family.windows == "sliding_window":
+        return every
+    if family.windows == "sliding_window_layers":
+        fits = isinstance(given, list) and all(layer in every for layer in given)
+        return sorted(set(given or [])) if fits else None
+    if given is None:  # transformers 4: the first ones see everything
+        first = config["max_window_layers"]
+        return every[first:] if isinstance(first, int) and first >= 0 else None
+    kinds = ("sliding_attention", "full_attention")
+    if not isinstance(given, list) or len(given) != num_layers or set(given) - set(kinds):
+        return None
+    return [layer for layer in every if given[layer] == kinds[0]]
 
 
 def _family_problems(family: Family, fields: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -225,23 +262,11 @@ def _family_problems(family: Family, fields: dict[str, Any], config: dict[str, A
         problems.append(
             "no max_position_embeddings: this is the 13B model, whose positions are ALiBi's; only rotary ones are there"
         )
-    sliding = config.get("sliding_window_layers") or []
-    others = (
-        config.get("num_swa_attention_heads") or heads,
-        config.get("num_swa_key_value_heads") or kv_heads,
-    )
-    if sliding and others != (heads, kv_heads):
+    if fields.get("window_layers") and fields["head_dim"] and fields.get("window_heads"):
         problems.append(
-            f"sliding_window_layers = {json.dumps(sliding)[:80]}: these layers have {others[0]} heads and {others[1]} key/value heads, the "
-            f"others {heads} and {kv_heads}; all layers must have the same"
+            f"head_dim = {fields['head_dim']}: must be left out where some layers have other heads, whose size is hidden_size / heads"
         )
     return problems
-
-
-def default_pack_length(model: ModelConfig) -> int:
-    """Where no recipe says it: the recipes' default, unless the model's window is smaller."""
-    default = DataConfig().pack_length
-    return min(default, model.sliding_window or default)
 
 
 def disagreements(given: dict[str, Any], folder: Path, there: ModelConfig) -> list[str]:
@@ -291,69 +316,3 @@ def refuse_other_model(
         raise ValueError(
             "\n".join([f"{folder} holds another model:", *(f"  {p}" for p in problems)])
         )
-
-
-# -- out ---------------------------------------------------------------------------------------------------------------------
-
-
-def family_for(model: ModelConfig, like: dict[str, Any]) -> Family:
-    """The family that computes what `model` does: that of `like` (a config.json) if it does, else the first one.
-
-    Raises: ValueError when there is none.
-    """
-    has = {option for option in OPTIONS if getattr(model, option)}
-    fitting = [
-        family
-        for family in FAMILIES
-        if set(family.has) == has
-        and (family.may_tie or not model.tied_embeddings)
-        and (family.grouped or model.num_kv_heads == model.num_heads)
-    ]
-    of_like = [family for family in fitting if [family.architecture] == like.get("architectures")]
-    if not fitting:
-        options = {**dict.fromkeys(sorted(has), True), "tied_embeddings": model.tied_embeddings}
-        described = ", ".join(
-            f"model.{key} = {json.dumps(value)}" for key, value in options.items()
-        )
-        known = "; ".join(
-            f"{f.architecture}: {', '.join(f.has) or 'none of them'}" for f in FAMILIES
-        )
-        raise ValueError(
-            f"no Hugging Face architecture here computes a model with {described}, {model.num_heads} heads and {model.num_kv_heads} "
-            f"key/value heads (options of each: {known}); train a model of one of them to export it"
-        )
-    return (of_like or fitting)[0]
-
-
-def write_config(
-    model: ModelConfig, vocab_size: int, family: Family, dtype: str, *, like: dict[str, Any]
-) -> dict[str, Any]:
-    """config.json of an export; `like` is the one that the model came with, {} if it did not come from such a folder."""
-    config = dict(like) if like.get("architectures") == [family.architecture] else {}
-    config |= {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}
-    config["vocab_size"] = vocab_size
-    if family.grouped:
-        config["num_key_value_heads"] = model.num_kv_heads
-    if model.head_dim or "head_dim" in config:
-        config["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
-    config |= {"rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings}
-    config.setdefault("hidden_act", "silu")
-    if "layer_types" not in config and (model.sliding_window or "sliding_window" in config):
-        config["sliding_window"] = model.sliding_window or config["sliding_window"]
-    _write_rope(config, model)
-    names = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    return config | dict.fromkeys(names, dtype)
-
-
-def _write_rope(config: dict[str, Any], model: ModelConfig) -> None:
-    """In the form that is there already; transformers 4's where there is none."""
-    kind, read = ROPE_TYPES[model.rope_scaling]
-    scaling: dict[str, Any] = {ROPE_NAMES[name]: getattr(model, name) for name in read}
-    if "rope_parameters" in config:
-        scaling = {"rope_type": kind, "rope_theta": model.rope_base, **scaling}
-        config["rope_parameters"] = {**config["rope_parameters"], **scaling}
-        return
-    config["rope_theta"] = model.rope_base
-    if scaling or "rope_scaling" in config:
-        config["rope_scaling"] = {"rope_type": kind, **scaling} if scaling else None

@@ -26,8 +26,9 @@ from nova_sys.checkpoint_files import (
     read_description,
     sync_to_disk,
 )
-from nova_sys.config import DataConfig, RunConfig
+from nova_sys.config import RunConfig
 from nova_sys.config_io import to_toml
+from nova_sys.config_rules import broken_rules
 from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import Tokenizer, load_tokenizer
 from nova_sys.hf.carried import (
@@ -38,13 +39,8 @@ from nova_sys.hf.carried import (
     exported_texts,
     more_stop_ids,
 )
-from nova_sys.hf.config_json import (
-    CONFIG,
-    default_pack_length,
-    family_for,
-    is_hf_folder,
-    write_config,
-)
+from nova_sys.hf.config_json import CONFIG, is_hf_folder
+from nova_sys.hf.config_out import family_for, write_config
 from nova_sys.hf.dist_files import CheckpointReader, CheckpointWriter
 from nova_sys.hf.export_tokenizer import make_loadable
 from nova_sys.hf.families import Row, dims_of, our_shape, shape_of, table_of
@@ -52,6 +48,7 @@ from nova_sys.hf.folder import HFFolder
 from nova_sys.hf.safetensors_writer import Planned, write_sharded
 from nova_sys.hf.weights import fill_rows, their_tensor
 from nova_sys.saved_config import checkpoint_config
+from nova_sys.weight_names import numbered
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +70,18 @@ def from_hf(source: Path, out: Path, *, dtype: Dtype = "keep") -> None:
             f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its {CONFIG} rows for {folder.model.vocab_size}; every id needs "
             "a row. Correct the folder"
         )
-    config = RunConfig(
-        model=folder.model,
-        data=DataConfig(pack_length=default_pack_length(folder.model)),
-    )
+    config = RunConfig(model=folder.model)
+    if broken := [rule for rule in broken_rules(config, 1) if rule.startswith("model.")]:
+        raise ValueError("\n  ".join([f"{source / CONFIG} breaks rules of [model]:", *broken]))
     with _whole_folder(out) as partial:
         writer = CheckpointWriter(partial)
         try:
             for ours, layer in _our_tensors(folder):
-                writer.write(
-                    ours, _ours(folder, ours, layer, dtype), layer, folder.model.num_layers
-                )
+                tensor = _ours(folder, ours, layer, dtype)
+                if layer is not None and folder.model.layers_differ:
+                    writer.write(numbered(ours, layer), tensor, None, 0)
+                else:
+                    writer.write(ours, tensor, layer, folder.model.num_layers)
             writer.finish()
         finally:
             writer.close()
@@ -117,7 +115,7 @@ def _our_tensors(folder: HFFolder) -> Iterator[tuple[str, int | None]]:
 
 def _ours(folder: HFFolder, ours: str, layer: int | None, dtype: Dtype) -> torch.Tensor:
     kept = folder.dtype_of(ours)
-    shape = our_shape(ours, folder.dims, padded=True)
+    shape = our_shape(ours, folder.dims(layer), padded=True)
     out = torch.empty(shape, dtype=TORCH_DTYPES.get(dtype, kept))
     fill_rows(folder, ours, layer, 0, out)
     return _finite(out, f"{ours} of layer {layer}")
@@ -149,17 +147,16 @@ def to_hf(
     reader, vocab_size = CheckpointReader(checkpoint), read_description(checkpoint).vocab_size
     model, like = saved.model, carried_config(checkpoint)
     family = family_for(model, like)
-    dims = dims_of(model, vocab_size)
     planned = []
     for row in table_of(family, model):
-        kept = TORCH_DTYPES.get(dtype) or reader.dtype(row.ours)
         for layer in range(model.num_layers) if row.in_layers else [None]:
-            name = row.name if layer is None else row.in_layer(layer)
-            planned.append((Planned(name, kept, shape_of(row.shape, dims)), row, layer))
+            kept = TORCH_DTYPES.get(dtype) or reader.dtype(row.ours, layer)
+            shape = shape_of(row.shape, dims_of(model, vocab_size, layer))
+            planned.append((Planned(row.in_layer(layer), kept, shape), row, layer))
 
     def tensor(row: Row, layer: int | None, kept: torch.dtype) -> torch.Tensor:
-        whole = their_tensor(row, layer, dims, kept, reader.rows)
-        return _finite(whole, row.name if layer is None else row.in_layer(layer))
+        dims = dims_of(model, vocab_size, layer)
+        return _finite(their_tensor(row, layer, dims, kept, reader.rows), row.in_layer(layer))
 
     names = [plan.dtype for plan, _, _ in planned]
     main_dtype = str(max(set(names), key=names.count)).removeprefix("torch.")

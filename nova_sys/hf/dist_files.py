@@ -1,6 +1,7 @@
 """The tensors of a checkpoint of ours (torch's distributed format), one at a time, without a model and without a job.
 
-A checkpoint of ours has one tensor for a weight of all layers, with the layer as first axis, in chunks that lie anywhere in its files.
+A checkpoint of ours has one tensor for a weight of all layers, with the layer as first axis (one for each layer where these differ in
+shape), in chunks that lie anywhere in its files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nova_sys.checkpoint_files import (
     refuse_damaged,
     refuse_harmful,
 )
+from nova_sys.weight_names import numbered
 
 SHARDS, FORMAT_FILE = "__0_0.distcp", "metadata.json"
 FORMAT = {
@@ -68,12 +70,19 @@ class CheckpointReader:
         assert isinstance(tensor, TensorStorageMetadata)  # refuse_harmful has seen to it
         return tensor
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._meta(name).properties.dtype
+    def _place(self, name: str, layer: int | None) -> tuple[str, int | None]:
+        """Where a layer's weight lies: in all layers' tensor, or, where layers differ, in its own."""
+        if layer is not None and name not in self._tensors:
+            return numbered(name, layer), None
+        return name, layer
+
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
+        return self._meta(self._place(name, layer)[0]).properties.dtype
 
     def rows(self, name: str, layer: int | None, first: int, num_rows: int) -> torch.Tensor:
         """Rows of a weight, of one layer where layers have it; only the chunks that hold some of them are read. Not to be written to:
         it may be a view of a chunk that is kept."""
+        name, layer = self._place(name, layer)
         shape = tuple(self._meta(name).size)
         lead = () if layer is None else (layer,)
         body = shape[len(lead) :]

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
+from nova_sys.weight_names import LAYER
 
-LAYER = "decoder.layers."
-"""What the names of our tensors of a layer begin with."""
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 
 OUR_SHAPES = {  # by the end of the name; the vocabulary without its padding
@@ -51,8 +50,8 @@ class Row:
     def in_layers(self) -> bool:
         return "*" in self.name
 
-    def in_layer(self, layer: int) -> str:
-        return self.name.replace("*", str(layer))
+    def in_layer(self, layer: int | None) -> str:
+        return self.name if layer is None else self.name.replace("*", str(layer))
 
 
 def _rows(prefix: str, ours: str, table: list[tuple[str, str, str, str]]) -> list[Row]:
@@ -102,6 +101,7 @@ class Family:
     """architecture: as in config.json.   has: the options of [model] that all its models have, the others are off.
     may_tie: its models may share the embeddings with the output layer.   grouped: it may have fewer key/value heads.
     own_code: transformers has no such model by itself, its folders bring the code.
+    windows: the key of config.json that tells which layers have a sliding window (sliding_window itself: all); empty: none ever.
     defaults: what transformers takes for a key that config.json leaves out, where that is not off or none."""
 
     architecture: str
@@ -111,24 +111,35 @@ class Family:
     may_tie: bool = True
     grouped: bool = True
     own_code: bool = False
+    windows: str = ""
     defaults: dict[str, int] = field(default_factory=dict)
 
 
+QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = [
     Family("LlamaForCausalLM", "llama", [*AROUND, *SPLIT_QKV, *MLP]),
     Family(
         "MistralForCausalLM",
         "mistral",
         [*AROUND, *SPLIT_QKV, *MLP],
+        windows="sliding_window",
         defaults={"sliding_window": 4096},
     ),
-    Family("Qwen2ForCausalLM", "qwen2", [*AROUND, *SPLIT_QKV, *QKV_BIAS, *MLP], has=("qkv_bias",)),
+    Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        [*AROUND, *SPLIT_QKV, *QKV_BIAS, *MLP],
+        has=("qkv_bias",),
+        windows="layer_types",
+        defaults=QWEN_WINDOWS,
+    ),
     Family(
         "Qwen3ForCausalLM",
         "qwen3",
         [*AROUND, *SPLIT_QKV, *QK_NORM, *MLP],
         has=("qk_norm",),
-        defaults={"head_dim": 128},
+        windows="layer_types",
+        defaults={"head_dim": 128} | QWEN_WINDOWS,
     ),
     Family(
         "BaichuanForCausalLM",
@@ -146,19 +157,21 @@ FAMILIES = [
         has=("norm_head", "kv_shift"),
         may_tie=False,
         own_code=True,
+        windows="sliding_window_layers",
     ),
 ]
 OPTIONS = ("qkv_bias", "qk_norm", "norm_head", "kv_shift")
 """What tells families apart."""
 
 
-def dims_of(model: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """The letters' values."""
+def dims_of(model: ModelConfig, vocab_size: int, layer: int | None = None) -> dict[str, int]:
+    """The letters' values, in a layer; for a tensor of no layer any will do."""
+    heads = model.heads_of(layer or 0)
     return {
         "D": model.hidden_size,
-        "N": model.num_heads,
-        "K": model.num_kv_heads,
-        "H": model.head_dim or model.hidden_size // model.num_heads,
+        "N": heads.num_heads,
+        "K": heads.num_kv_heads,
+        "H": heads.head_dim,
         "F": model.ffn_hidden_size,
         "V": vocab_size,
     }

@@ -40,9 +40,9 @@ class HFFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.family, self.model = read_model(self.path)
-        self.dims = dims_of(self.model, self.model.vocab_size)
         self.rows = table_of(self.family, self.model)
         self.file_of = self._find()
+        self._refuse_endless_layers()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._open: dict[str, Any] = {}
@@ -58,9 +58,14 @@ class HFFolder:
         names = [name for row in self.rows if row.ours == ours for name in self.names_of(row)]
         return functools.reduce(torch.promote_types, (DTYPES[self.dtypes[name]] for name in names))
 
+    def dims(self, layer: int | None) -> dict[str, int]:
+        return dims_of(self.model, self.model.vocab_size, layer)
+
+    def layers_of(self, row: Row) -> list[int] | list[None]:
+        return list(range(self.model.num_layers)) if row.in_layers else [None]
+
     def names_of(self, row: Row) -> list[str]:
-        layers = range(self.model.num_layers)
-        return [row.in_layer(layer) for layer in layers] if row.in_layers else [row.name]
+        return [row.in_layer(layer) for layer in self.layers_of(row)]
 
     def slice(self, name: str, rows: slice, columns: slice | None = None) -> torch.Tensor:
         """Some rows (and columns) of a tensor, in its dtype; only they are read."""
@@ -74,7 +79,9 @@ class HFFolder:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that config.json asks for, with its shape."""
         return {
-            name: shape_of(row.shape, self.dims) for row in self.rows for name in self.names_of(row)
+            row.in_layer(layer): shape_of(row.shape, self.dims(layer))
+            for row in self.rows
+            for layer in self.layers_of(row)
         }
 
     def _find(self) -> dict[str, str]:
@@ -111,6 +118,15 @@ class HFFolder:
         if name not in self._open:
             self._open[name] = self._handle(name)
         return self._open[name]
+
+    def _refuse_endless_layers(self) -> None:
+        """Before the names of a billion tensors are written out to be missed."""
+        layers, tensors = self.model.num_layers, len(self.file_of)
+        if layers > tensors:
+            raise ValueError(
+                f"{self.path / CONFIG}: num_hidden_layers = {layers}: every layer has several tensors, and the folder holds {tensors} in "
+                f"all. Download it again, or correct {CONFIG}"
+            )
 
     def _look(self) -> None:
         """Shapes and dtypes, from the headers."""

@@ -38,21 +38,20 @@ def load_any_weights(
 @torch.no_grad()
 def fill_chunks(folder: HFFolder, chunks: Sequence[Any]) -> None:
     """Fills this rank's parameters, and no more is read than they hold. Padding of the vocabulary becomes zeros."""
-    from nova_sys.model.build import shards_of
+    from nova_sys.model.build import layer_of, shards_of
 
     in_table = {row.ours for row in folder.rows}
     for shard in (shard for chunk in chunks for shard in shards_of(chunk)):
         assert shard.data is not None
-        if shard.key not in in_table:
-            assert shard.key.endswith("mix_K2"), shard.key  # KV shifting, added to such a model
+        ours, layer = layer_of(shard)
+        if ours not in in_table:
+            assert ours.endswith("mix_K2"), ours  # KV shifting, added to such a model
             continue
-        axes = shard.prepend_axis_num  # 1 for a weight of one of several layers
-        layer = int(shard.global_offset[0]) if axes else None
-        offsets = shard.global_offset[axes:]
+        offsets = shard.global_offset[shard.prepend_axis_num :]
         columns = None
         if len(offsets) == 2:
             columns = slice(offsets[1], offsets[1] + shard.data.shape[1])
-        fill_rows(folder, shard.key, layer, offsets[0], shard.data, columns=columns)
+        fill_rows(folder, ours, layer, offsets[0], shard.data, columns=columns)
 
 
 def fill_rows(
@@ -68,8 +67,8 @@ def fill_rows(
     out.zero_()
     end = first + out.shape[0]
     for row in (row for row in folder.rows if row.ours == ours):
-        name = row.name if layer is None else row.in_layer(layer)
-        for block in blocks_of(row, folder.dims):
+        name = row.in_layer(layer)
+        for block in blocks_of(row, folder.dims(layer)):
             start, stop = max(first, block.ours), min(end, block.ours + block.num_rows)
             if start < stop:
                 theirs = block.theirs + start - block.ours

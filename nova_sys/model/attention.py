@@ -59,10 +59,11 @@ class PackedCoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+        self.window = model.heads_of(layer_number - 1).window
         cos_PF, sin_PF = model_rope_tables(model, max_positions, head_dim)
         self.register_buffer("cos_PF", cos_PF, persistent=False)
         self.register_buffer("sin_PF", sin_PF, persistent=False)
-        self.backend = backend
+        self.rope_backend = self.attention_backend = backend
         self.layer_number = layer_number
         self.context = pg_collection.cp if pg_collection.cp.size() > 1 else None
         self.k_mix_K2 = self.v_mix_K2 = None
@@ -113,12 +114,18 @@ class PackedCoreAttention(torch.nn.Module):
             self.cos_PF,
             self.sin_PF,
             schedule=index,
-            backend=self.backend,
+            backend=self.rope_backend,
         )
         if layout.prompts is not None:
             layout.prompts.write(self.layer_number, raw, (k_TKH, v_TKH), index.position_T)
         out_TNH = packed_attention(
-            q_TNH, k_TKH, v_TKH, segments_S4, schedule=index, backend=self.backend
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            segments_S4,
+            window=self.window,
+            schedule=index,
+            backend=self.attention_backend,
         )
         if self.context is not None:
             out_TNH = heads_to_tokens(out_TNH, self.context)
@@ -144,6 +151,7 @@ class PackedCoreAttention(torch.nn.Module):
             cached.key_BKLH[:, :, : layout.longest],
             cached.value_BKLH[:, :, : layout.longest],
             layout.position_B + 1,
+            window=self.window,
         )
         return torch.nn.functional.pad(out_BNH.flatten(1), (0, 0, 0, q_TNH.shape[0] - B))
 

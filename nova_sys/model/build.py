@@ -18,11 +18,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nova_kernels.backend import cuda_runs_on, triton_runs_on
 from nova_kernels.packed_attention.schedule import tile_sizes
-from nova_sys.config import VOCAB_MULTIPLE, ModelConfig
+from nova_sys.config import VOCAB_MULTIPLE, Fp8Config, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
 from nova_sys.model.specs import RMSNorm, core_attention_spec, layer_spec
+from nova_sys.model.te import mcore_fields, te_spec
 from nova_sys.parallel import Parallel
+from nova_sys.weight_names import split_layer
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -53,8 +55,11 @@ def attention_tile_sizes(
 ) -> list[tuple[int, int]]:
     """Of the lists of tiles that this rank's attention loops over, so that the loader can make them."""
     ranks = parallel.tensor_size * parallel.context_size
-    heads, kv_heads = model.num_heads // ranks, model.num_kv_heads // ranks
-    return tile_sizes(heads, kv_heads, head_dim(model), kernels)
+    sizes = [
+        tile_sizes(kind.num_heads // ranks, kind.num_kv_heads // ranks, kind.head_dim, kernels)
+        for kind in model.kinds_of_layers()
+    ]
+    return list(dict.fromkeys(size for of_kind in sizes for size in of_kind))
 
 
 def _leave_as_is(weight: torch.Tensor) -> None: ...
@@ -62,17 +67,19 @@ def _leave_as_is(weight: torch.Tensor) -> None: ...
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Parameters of the whole model, without the padding of the vocabulary."""
-    width, dim = model.hidden_size, head_dim(model)
-    attention = width * dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    layer = attention + 3 * width * model.ffn_hidden_size + 2 * width
-    if model.kv_shift:
-        layer += 4 * model.num_kv_heads
-    if model.qkv_bias:
-        layer += dim * (model.num_heads + 2 * model.num_kv_heads)
-    if model.qk_norm:
-        layer += 2 * dim
-    embeddings = vocab_size * width * (1 if model.tied_embeddings else 2)
-    return model.num_layers * layer + embeddings + width
+    width = model.hidden_size
+    total = vocab_size * width * (1 if model.tied_embeddings else 2) + width
+    for (heads, kv_heads, dim, _), num_layers in model.kinds_of_layers().items():
+        layer = width * dim * (2 * heads + 2 * kv_heads)
+        layer += 3 * width * model.ffn_hidden_size + 2 * width
+        if model.kv_shift:
+            layer += 4 * kv_heads
+        if model.qkv_bias:
+            layer += dim * (heads + 2 * kv_heads)
+        if model.qk_norm:
+            layer += 2 * dim
+        total += num_layers * layer
+    return total
 
 
 def recompute_block(num_layers: int, setting: int | Literal["auto"]) -> int:
@@ -85,6 +92,7 @@ def transformer_config(
     parallel: Parallel,
     *,
     dtype: torch.dtype,
+    fp8: Fp8Config | None = None,
     recompute: str = "none",
     recompute_layers: int | Literal["auto"] = "auto",
 ) -> TransformerConfig:
@@ -136,9 +144,11 @@ def transformer_config(
         # interleaved on two stages, both neighbours are the same rank, and batched sends would be matched in the wrong order
         overlap_p2p_comm=parallel.virtual_size > 1,
         batch_p2p_comm=parallel.virtual_size == 1,
+        hetereogenous_dist_checkpoint=model.layers_differ,  # no common tensor for weights of several shapes
         calculate_per_token_loss=True,  # losses are sums; finalize_model_grads divides by the global count once
         deterministic_mode=False,
         **recompute_options,
+        **(mcore_fields(fp8) if fp8 else {}),
     )
 
 
@@ -154,7 +164,9 @@ def build_model(
 ) -> list[PackedGPT]:
     """This rank's chunks of the model (one per virtual pipeline stage), initialised from `seed`."""
     attention = core_attention_spec(model, max_positions=max_positions, backend=backend)
-    layer = layer_spec(attention, qk_norm=model.qk_norm)
+    layer = layer_spec(attention, model)
+    if config.fp8:
+        layer = te_spec(layer)
     layers_per_chunk = model.num_layers // (parallel.pipeline_size * parallel.virtual_size)
     chunks = []
     for chunk in range(parallel.virtual_size):
@@ -195,6 +207,16 @@ def shards_of(chunk: PackedGPT) -> Iterator[ShardedTensor]:
             yield entry
 
 
+def layer_of(shard: ShardedTensor) -> tuple[str, int | None]:
+    """The name of a weight without a layer's number, and the layer, counted from 0; None for a weight of none.
+
+    Megatron keeps layers of one shape as one tensor, whose first axis is the layer; else the number stands in the name.
+    """
+    if shard.prepend_axis_num:
+        return shard.key, int(shard.global_offset[0])
+    return split_layer(shard.key)
+
+
 @torch.no_grad()
 def initialize_weights(chunks: list[PackedGPT], model: ModelConfig, seed: int) -> None:
     """normal(0, init_std); projections into the residual stream / sqrt(2 layers); norms 1; biases 0; KV-shift scalars by config."""
@@ -214,7 +236,8 @@ def initialize_weights(chunks: list[PackedGPT], model: ModelConfig, seed: int) -
 
 def _initial_value(shard: ShardedTensor, model: ModelConfig, seed: int) -> torch.Tensor:
     shape = tuple(shard.global_shape[shard.prepend_axis_num :])
-    name = f"{shard.key}@{shard.global_offset[: shard.prepend_axis_num]}"  # the layer's number is an offset, not a name
+    key, layer = layer_of(shard)
+    name = f"{key}@{() if layer is None else (layer,)}"
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if "mix_K2" in name:

@@ -112,17 +112,26 @@ class DecodeLayout:
 
 
 def decode_attention(
-    q_BNH: torch.Tensor, key_BKLH: torch.Tensor, value_BKLH: torch.Tensor, length_B: torch.Tensor
+    q_BNH: torch.Tensor,
+    key_BKLH: torch.Tensor,
+    value_BKLH: torch.Tensor,
+    length_B: torch.Tensor,
+    *,
+    window: int = 0,
 ) -> torch.Tensor:
     """Attention of one query per sequence over a padded cache.
 
     out[b, n] = sum_j p[j] value[b, n // (N / K), j],   p = softmax over j < length[b] of <q[b, n], key[b, n // (N / K), j]> / sqrt(H)
 
     Args:     q_BNH (B, N, H); key_BKLH, value_BKLH (B, K, L, H) of its dtype, finite also behind length; length_B (B,) int64, 1 .. L.
+              window: how many of the last positions are seen, 0: all.
     Returns:  out_BNH of q's dtype; scores and softmax in at least fp32.   Memory: O(B * N * L); keys are not repeated.
     """
     (B, N, H), (K, L) = q_BNH.shape, key_BKLH.shape[1:3]
-    seen_BL = torch.arange(L, device=q_BNH.device) < length_B[:, None]
+    position_L = torch.arange(L, device=q_BNH.device)
+    seen_BL = position_L < length_B[:, None]
+    if window:
+        seen_BL &= position_L >= length_B[:, None] - window
     # The N / K query heads of a key head stand where a sequence's queries would: grouped heads need no copies of the keys.
     q_BKGH = q_BNH.view(B, K, N // K, H)
     out_BKGH = scaled_dot_product_attention(

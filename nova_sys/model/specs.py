@@ -5,6 +5,7 @@ All construction of Megatron modules stays in `nova_sys.model`, because GPTModel
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -37,11 +38,31 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x_SBD, (x_SBD.size(-1),), self.weight, self.eps)
 
 
-def layer_spec(core_attention: ModuleSpec, *, qk_norm: bool) -> ModuleSpec:
-    head_norm: Any = RMSNorm if qk_norm else None  # Megatron's places for it, before core_attention
+class LayerAttention(SelfAttention):
+    """With this layer's heads: Megatron takes those of the whole model."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        layer_number: int,
+        model: ModelConfig,
+        **kwargs: Any,
+    ) -> None:
+        heads = model.heads_of(layer_number - 1)
+        config = copy.copy(config)
+        config.num_attention_heads, config.num_query_groups = heads.num_heads, heads.num_kv_heads
+        config.kv_channels = heads.head_dim
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
+
+
+def layer_spec(core_attention: ModuleSpec, model: ModelConfig) -> ModuleSpec:
+    head_norm: Any = (
+        RMSNorm if model.qk_norm else None
+    )  # Megatron's places for it, before core_attention
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=LayerAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "model": model},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=core_attention,  # pyright: ignore[reportArgumentType]

@@ -66,6 +66,7 @@ class Case:
 
 
 KV = {"model.kv_shift": True, "model.kv_shift_init": "random"}
+WINDOWS = {"model.sliding_window": 24, "model.window_layers": [1, 2], "model.window_heads": 2}
 TIED = {"model.tied_embeddings": True, "model.norm_head": True}
 FULL = {"train.recompute": "full"}
 SELECTIVE = {"train.recompute": "selective"}
@@ -98,6 +99,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "5 steps, tied, NormHead": TIED,
     "5 steps, SFT": {"algo.name": "sft"},
     "5 steps, KV shift, 4 KV heads": {**KV, "model.num_kv_heads": 4},
+    "5 steps, KV shift, windows and other heads in two layers": {**KV, **WINDOWS},
     "every document": {},
     "every document, KV shift": KV,
     "every document, fp64": {**PLAIN, "optimizer.grad_clip": 0.0},  # Megatron clips fp32 only
@@ -132,6 +134,15 @@ CASES = {
     "cp2-pp2-kv": Case("5 steps, KV shift", 4, "CP2, PP2, VPP2", {**CP2, **PP2_VPP2}),
     "one-kv4": Case("5 steps, KV shift, 4 KV heads", 1, "one rank"),
     "tp2-cp2-sp": Case("5 steps, KV shift, 4 KV heads", 4, "TP2, SP, CP2", {**TP2_SP, **CP2}),
+    "one-windows": Case(
+        "5 steps, KV shift, windows and other heads in two layers", 1, "one rank"
+    ),
+    "windows": Case(
+        "5 steps, KV shift, windows and other heads in two layers",
+        4,
+        "TP2, SP, PP2, VPP2",
+        {**FOUR, **PP2_VPP2},
+    ),
     "one-tied": Case("5 steps, tied, NormHead", 1, "one rank"),
     "pp2-tied": Case("5 steps, tied, NormHead", 2, "PP2", PP2),
     "tp2-sp-tied": Case("5 steps, tied, NormHead", 2, "TP2, SP", TP2_SP),

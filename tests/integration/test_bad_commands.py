@@ -65,7 +65,7 @@ GENERATE: dict[str, tuple[str, Says]] = {
     "no tokens": ("RUN Q --max-new-tokens 0", ("max_new_tokens", "must be 1 or more", "0")),
     "negative temperature": ("RUN Q --temperature -1", ("temperature", "must be 0 (greedy) or more", "-1")),
     "no place for the output": ("RUN Q --out /nowhere/out.jsonl", ("--out /nowhere/out.jsonl", "cannot be written", "name a file in a folder that exists")),
-    "kernels": ("RUN Q --set train.precision=fp8", ('train.precision = "fp8"', "needs a Hopper GPU", 'set it to "bf16" or "auto"')),
+    "kernels": ("RUN Q --set train.precision=fp8", ("--set train.precision=fp8", "does not run in FP8, which is for training", 'set it to "bf16"')),
 }
 # fmt: on
 

@@ -150,7 +150,7 @@ TEMPLATES: dict[str, tuple[str, Says]] = {
     "another file": ("{% include 'other.jinja' %}", ("failed (no loader", "must suit it", "the template")),
     "unmaskable": ("{% for m in messages %}{{ m.role if loop.last else '-' }}{{ m.content }}{% endfor %}", ("pairs.jsonl:1: the chat template FOLDER/t.jinja renders", "the loss mask would be a guess", "{% generation %} blocks")),
     "other prompt": ("{% for m in messages %}{% if m.role == 'user' %}{{ messages | length }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}", ("renders the prompt differently when an answer follows", "must be the start of the whole dialogue", "another data.template")),
-    "no answer": ("{% for m in messages %}{{ m.role }}{% endfor %}", ("no usable record", "have the same tokens; a pair must differ", "Remove the line")),
+    "no answer": ("{% for m in messages %}{{ m.role }}{% endfor %}", ("pairs.jsonl:1: the chat template FOLDER/t.jinja leaves out what the assistant says", "there would be nothing to learn", "Use another data.template")),
     "evil": ("{{ messages.__class__.__mro__ }}", ("access to attribute '__class__' of 'list' object is unsafe", "must suit it", "the template")),
 }
 # fmt: on

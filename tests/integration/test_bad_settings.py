@@ -61,7 +61,12 @@ SETTINGS: dict[str, tuple[str, int, Says]] = {
     "batch not divided": ("train.global_batch_packs=3", 2, ("train.global_batch_packs = 3", "must be a multiple of the data-parallel size", "for example 4")),
     "sequence without tensor": ("parallel.sequence=true", 1, ("parallel.sequence = true", "but parallel.tensor is 1", "set that to 2 or more")),
     "pack not divided": ("parallel.sequence=true parallel.tensor=2 data.pack_length=127", 2, ("data.pack_length = 127", "must be a multiple of parallel.tensor", "for example 128")),
-    "FP8": ("train.precision=fp8", 1, ('train.precision = "fp8"', "needs a Hopper GPU and Transformer Engine", 'set it to "bf16" or "auto"')),
+    "FP8": (
+        "train.precision=fp8 model.num_layers=3 model.hidden_size=64 model.ffn_hidden_size=64", 1,
+        ('train.precision = "fp8"', "needs an NVIDIA GPU of compute capability 9.0", "needs Transformer Engine, which is not installed: the README"),
+    ),
+    "FP8 of no layer": ("train.precision=fp8", 1, ("first_layers_bf16 + fp8.last_layers_bf16 = 1 + 1", "below model.num_layers = 2", "lower them")),
+    "FP8 key without FP8": ("fp8.recipe=delayed", 1, ('fp8.recipe = "delayed"', "has no effect with train.precision", 'train.precision to "fp8"')),
     "not a number": ("optimizer.lr=nan", 1, ("optimizer.lr = nan", "must be finite and above 0", "the default is 0.0001")),
     "infinite": ("algo.beta=inf", 1, ("algo.beta = inf", "must be finite and above 0", "the default is 0.1")),
     "negative": ("data.workers=-1", 1, ("data.workers = -1", "must be finite and 0 or more", "the default is 0")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,23 +178,28 @@ def test_command_on_four_ranks_writes_the_same_file(
 
 def on_a_rank(rank: int, jobs: list[tuple]) -> list[float]:
     return [
-        evaluate_pairs(dpo, data, per_pair=out, with_ids=True).margin.mean
-        for dpo, data, out in jobs
+        evaluate_pairs(dpo, data, per_pair=out, with_ids=True, overrides=layout).margin.mean
+        for dpo, data, out, layout in jobs
     ]
 
 
-def test_data_parallel_ranks_write_the_same_file(
+def test_other_layouts_write_the_same_file(
     tmp_path: Path, dpo: Path, pairs: Path, one_rank: list[dict]
 ) -> None:
-    """Also with a single pair, of which one rank has nothing."""
+    """DP2, also with a single pair, of which one rank has nothing; CP2; TP2 with sequence parallelism."""
     single = tmp_path / "single.jsonl"
     single.write_text(pairs.read_text().splitlines()[7] + "\n")
-    outs = [tmp_path / "dp2.jsonl", tmp_path / "one_pair.jsonl"]
-    jobs = list(zip((dpo, dpo), (pairs, single), outs, strict=True))
-    margins = run_ranks(on_a_rank, 2, jobs, timeout_s=300)
+    layouts = {"dp2": [], "cp2": ["context=2"], "tp2": ["tensor=2", "sequence=true"]}
+    jobs = [
+        (dpo, pairs, tmp_path / f"{name}.jsonl", [f"parallel.{setting}" for setting in settings])
+        for name, settings in layouts.items()
+    ]
+    one_pair = tmp_path / "one_pair.jsonl"
+    margins = run_ranks(on_a_rank, 2, [*jobs, (dpo, single, one_pair, [])], timeout_s=300)
     assert margins[0] == margins[1], "every rank has the result"
-    assert_same_rows(rows_of(outs[0]), one_rank)
-    (row,) = rows_of(outs[1])
+    for _, _, out, _ in jobs:
+        assert_same_rows(rows_of(out), one_rank)
+    (row,) = rows_of(one_pair)
     expected = {**one_rank[7], "file": str(single), "line": 1}
     assert_same_rows([row], [expected])
 
@@ -245,6 +251,10 @@ def test_reference_gives_margins_and_columns(
     assert result.chosen_nll.mean == pytest.approx(nll, rel=1e-12)
     assert result.rejected_nll.low < result.rejected_nll.mean < result.rejected_nll.high
     text = summary_text(result, "SFT")
+    share, margin, *nlls = re.findall(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", text)
+    for printed, found in ((share, result.reward_accuracy), (margin, result.margin)):
+        assert [float(n) for n in printed] == pytest.approx([*vars(found).values()], abs=1e-4)
+    assert len(nlls) == 2 and "in brackets: 95% confidence intervals" in text
     assert "sigmoid, beta 0.5, against SFT" in text and "over all tokens of these answers" in text
     sft_rows = tmp_path / "sft.jsonl"
     evaluate_pairs(sft, pairs, per_pair=sft_rows)

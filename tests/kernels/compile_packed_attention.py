@@ -15,6 +15,7 @@ from nova_kernels.packed_attention._triton import Tile, tiles_of
 from nova_kernels.packed_attention._triton_kernels import dkv_kernel, dq_kernel, fwd_kernel
 from nova_kernels.testing_triton import compile_for_hopper
 
+WINDOW = 4096
 KERNELS = {"fwd": fwd_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 TYPES = {
     "p_lse": "*fp32",
@@ -26,7 +27,7 @@ TYPES = {
 }
 
 
-def arguments(kernel: object, tile: Tile, head_dim: int, group: int) -> dict:
+def arguments(kernel: object, tile: Tile, head_dim: int, group: int, window: int) -> dict:
     """As `_Call` passes them."""
     pack = group if tile.pack and group in (2, 4, 8, 16) else 1
     block_h = max(64, triton.next_power_of_2(head_dim))
@@ -35,6 +36,7 @@ def arguments(kernel: object, tile: Tile, head_dim: int, group: int) -> dict:
     keys = f"{tile.keys}, {block_h}" if flat else f"{tile.keys}, 1, {block_h}"
     constants = {"GROUP": group, "PACK": pack, "H": head_dim}
     constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_H": block_h}
+    constants |= {"WINDOW": window, "p_position": "*i64" if window else None}
     given = {}
     for name in kernel.arg_names:
         if name in ("k_desc", "v_desc"):
@@ -48,20 +50,22 @@ def arguments(kernel: object, tile: Tile, head_dim: int, group: int) -> dict:
 
 def main() -> None:
     everything = "--all" in sys.argv
-    for head_dim in (64, 96, 128, 192, 256) if everything else (128,):
-        for group in (1, 3, 4, 8) if everything else (4,):
-            for name, kernel in KERNELS.items():
-                tile = getattr(tiles_of(head_dim), name)
-                compiled = compile_for_hopper(
-                    kernel,
-                    arguments(kernel, tile, head_dim, group),
-                    num_warps=tile.warps,
-                    num_stages=tile.stages,
-                )
-                record = {"name": f"{name}, head dim {head_dim}, group {group}", "kernel": name}
-                record |= {"head_dim": head_dim, "tile": dataclasses.astuple(tile)}
-                record |= {"triton": triton.__version__} | dataclasses.asdict(compiled)
-                print(json.dumps(record), flush=True)
+    head_dims, groups = ((64, 96, 128, 192, 256), (1, 3, 4, 8)) if everything else ((128,), (4,))
+    shapes = [(head_dim, group, 0) for head_dim in head_dims for group in groups]
+    for head_dim, group, window in [*shapes, (128, 4, WINDOW)]:
+        for name, kernel in KERNELS.items():
+            tile = getattr(tiles_of(head_dim), name)
+            compiled = compile_for_hopper(
+                kernel,
+                arguments(kernel, tile, head_dim, group, window),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+            windowed = f", window {window}" if window else ""
+            record = {"name": f"{name}, head dim {head_dim}, group {group}{windowed}"}
+            record |= {"kernel": name, "head_dim": head_dim, "window": window}
+            record |= {"tile": dataclasses.astuple(tile), "triton": triton.__version__}
+            print(json.dumps(record | dataclasses.asdict(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -334,13 +334,14 @@ def test_thread_blocks_get_equal_work(table: str) -> None:
         ({"softmax_scale": 0.0}, "positive softmax_scale"),
         ({"softmax_scale": float("nan")}, "positive softmax_scale"),
         ({"N": 2000}, "1024 heads"),
+        ({"window": 9}, "no window"),
         ({}, ""),
     ],
 )
 def test_rules_are_said(change: dict[str, object], rule: str) -> None:
-    sizes = {"N": 4, "H": 64, "dtype": torch.bfloat16, "softmax_scale": 0.1} | change
+    sizes = {"N": 4, "H": 64, "dtype": torch.bfloat16, "softmax_scale": 0.1, "window": 0} | change
     q = torch.empty(3, sizes["N"], sizes["H"], dtype=sizes["dtype"])  # type: ignore[arg-type]
-    said = _cuda.broken_rule(q, softmax_scale=sizes["softmax_scale"])  # type: ignore[arg-type]
+    said = _cuda.broken_rule(q, softmax_scale=sizes["softmax_scale"], window=sizes["window"])  # type: ignore[arg-type]
     assert rule in said and bool(said) == bool(rule)
 
 

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import linear, normalize
+from transformers.models.llama import modeling_llama
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -43,16 +44,32 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+WINDOW = 37
+"""Tokens; `probe_ids` are more."""
+WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-linear": ("Llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {"sliding_window": POSITIONS}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-windows": ("Qwen2", WINDOWS | {"max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-windows": (
+        "Qwen3",
+        WINDOWS | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "baichuan": ("Llama", {"num_key_value_heads": 4}),
     "baichuan-m1": ("Llama", {}),
+    "baichuan-m1-windows": ("Llama", {}),
 }
+M1_WINDOWS = {
+    "sliding_window_layers": [1, 3],
+    "sliding_window": WINDOW,
+    "num_swa_attention_heads": 8,
+    "num_swa_key_value_heads": 4,
+}
+"""More heads than the other layers, and smaller ones."""
 TEMPLATE = """\
 {%- for m in messages %}
 {{- '<|im_start|>' + m['role'] + '\\n' }}
@@ -99,6 +116,30 @@ class Shifted(torch.nn.Module):
         return (self.conv[..., 0] * before + self.conv[..., 1] * now).flatten(-2)
 
 
+class Windowed(torch.nn.Module):
+    """A layer's attention with a window, and with heads of its own: its own positions, because the size of a head is another."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": None}
+        own = type(config)(**{**config.to_dict(), **heads})
+        own._attn_implementation = "eager"
+        self.attention = modeling_llama.LlamaAttention(own, layer)
+        for weight in self.attention.parameters():
+            torch.nn.init.normal_(weight, std=SHAPE["initializer_range"])
+        self._rotary = [
+            modeling_llama.LlamaRotaryEmbedding(own)
+        ]  # a list: nothing of it is a weight
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> Any:
+        place = torch.arange(hidden_states.shape[1])
+        distance = place[:, None] - place
+        unseen = (distance < 0) | (distance >= WINDOW)
+        mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)[None, None]
+        positions = self._rotary[0](hidden_states, place[None])
+        return self.attention(hidden_states, position_embeddings=positions, attention_mask=mask)
+
+
 def make(name: str, folder: Path) -> Reference:
     """A folder with weights, config.json and a tokenizer. Norms and biases are random too, so that one left out shows."""
     kind, options = OPTIONS[name]
@@ -109,6 +150,8 @@ def make(name: str, folder: Path) -> Reference:
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in key), std=0.2)
     model.save_pretrained(folder)
+    for layer in M1_WINDOWS["sliding_window_layers"] if name == "baichuan-m1-windows" else ():
+        model.model.layers[layer].self_attn = Windowed(config, layer)
     if "baichuan" in name:
         _make_baichuan(name, folder, model)
     make_tokenizer(folder)
@@ -118,10 +161,11 @@ def make(name: str, folder: Path) -> Reference:
 def _make_baichuan(name: str, folder: Path, model: Any) -> None:
     model.lm_head = NormHead(model.lm_head.weight)
     model.lm_head.weight.data *= 40  # normalised rows are short: else all logits are nearly equal
-    for layer in model.model.layers if name == "baichuan-m1" else ():
+    for layer in model.model.layers if "m1" in name else ():
+        attention = getattr(layer.self_attn, "attention", layer.self_attn)
         for which in ("k_proj", "v_proj"):
-            projection = getattr(layer.self_attn, which)
-            setattr(layer.self_attn, which, Shifted(projection, model.config.num_key_value_heads))
+            heads = attention.config.num_key_value_heads
+            setattr(attention, which, Shifted(getattr(attention, which), heads))
     weights = {key: p.detach() for key, p in model.named_parameters()}
     save_file(_baichuan_names(weights), folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -133,11 +177,15 @@ def _make_baichuan(name: str, folder: Path, model: Any) -> None:
     else:
         config |= {"architectures": ["BaichuanM1ForCausalLM"], "model_type": "baichuan_m1"}
         config |= {"sliding_window_layers": [], "sliding_window": 128, "conv_window": 2}
+        config |= M1_WINDOWS if "windows" in name else {}
+        del config["head_dim"]
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def _baichuan_names(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    named = {key.replace(".projection", ""): value for key, value in named.items()}
+    wrappers = (".projection", ".attention")
+    for wrapper in wrappers:
+        named = {key.replace(wrapper, ""): value for key, value in named.items()}
     packed = {}
     for key in [key for key in named if "q_proj" in key]:
         parts = [

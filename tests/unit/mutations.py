@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 TURNS = [
@@ -152,3 +153,32 @@ def hugging_face_files(texts: list[str]) -> dict[str, Any]:
             "chat_template": [{"name": "default", "template": BRACKETS}],
         },
     }
+
+
+def hugging_face_model(folder: Path) -> dict[str, bytes]:
+    """Writes a model of two layers, its tensors in two files, and gives the files."""
+    import torch
+    from safetensors.torch import save_file
+
+    from nova_sys.hf.config_json import read_model
+    from nova_sys.hf.families import dims_of, shape_of, table_of
+
+    folder.mkdir()
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"rope_theta": 500.0, "original_max_position_embeddings": 64}
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 40}
+    config |= {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
+    config |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    family, model = read_model(folder)
+    files: dict[str, dict[str, torch.Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
+    for row in table_of(family, model):
+        shape = shape_of(row.shape, dims_of(model, model.vocab_size))
+        for name in [row.in_layer(i) for i in range(2)] if row.in_layers else [row.name]:
+            files["b.safetensors" if "mlp" in name else "a.safetensors"][name] = torch.ones(shape)
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

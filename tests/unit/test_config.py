@@ -68,6 +68,8 @@ def test_recipe_and_overrides(tmp_path):
 def values_of(hint):
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple and Ellipsis in typing.get_args(hint):
+        return st.lists(values_of(typing.get_args(hint)[0]), max_size=3).map(tuple)
     if typing.get_origin(hint) is tuple:
         return st.tuples(*(values_of(member) for member in typing.get_args(hint)))
     if typing.get_origin(hint) is list:
@@ -286,6 +288,36 @@ def test_check_accepts_a_runnable_config(tmp_path):
             ["algo.reference", "which knows no pairs"],
         ),
         ("model.kv_shift_init=random", 1, ["model.kv_shift_init", "model.kv_shift is false"]),
+        (
+            "model.window_layers=[1] model.window_heads=2",
+            1,
+            ["window_layers = [1]", "window_heads = 2", "sliding_window is 0"],
+        ),
+        (
+            "model.sliding_window=8 model.window_kv_heads=2",
+            1,
+            ["window_kv_heads = 2", "without model.window_layers"],
+        ),
+        (
+            "model.sliding_window=8 model.window_layers=[2,1,4]",
+            1,
+            ["window_layers = [2, 1, 4]", "from 0 to 3", "in order"],
+        ),
+        (
+            "model.sliding_window=8 model.window_layers=[1] model.window_kv_heads=3",
+            1,
+            ["window_kv_heads = 3", "divide the 8 heads"],
+        ),
+        (
+            "model.sliding_window=8 model.window_layers=[1] model.window_heads=12",
+            1,
+            ["window_heads = 12", "hidden_size = 256"],
+        ),
+        (
+            "model.sliding_window=8 model.window_layers=[1] model.window_kv_heads=1 parallel.tensor=2",
+            2,
+            ["parallel.tensor = 2", "model.window_kv_heads = 1"],
+        ),
         ("train.recompute_layers=2", 1, ["recompute_layers = 2", 'recompute = "none"']),
         ("optimizer.betas=[0.9,1.0]", 1, ["optimizer.betas = [0.9, 1.0]", "below 1"]),
         ("optimizer.lr=nan", 1, ["optimizer.lr = nan", "finite and above 0", "0.0001"]),
@@ -294,7 +326,11 @@ def test_check_accepts_a_runnable_config(tmp_path):
         ("data.max_skipped=-0.1", 1, ["data.max_skipped = -0.1", "finite and 0 or more"]),
         ("data.workers=5000", 1, ["data.workers = 5000", "at most 4096"]),
         ("model.num_layers=2147483648", 1, ["num_layers = 2147483648", "at most 2147483647"]),
-        ("train.precision=fp8", 1, ['train.precision = "fp8"', "does not use yet", '"bf16"']),
+        (
+            "train.precision=fp8 model.num_layers=2",
+            1,
+            ["last_layers_bf16 = 1 + 1", "num_layers = 2"],
+        ),
         ("parallel.tensor=0 train.steps=-1", 1, ["tensor = 0", "above 0", "steps = -1", "or more"]),
     ],
 )

@@ -50,6 +50,7 @@ from nova_sys.data.token_store import ARRAYS, TokenStore
 from nova_sys.data.tokenizer import Tokenizer
 from nova_sys.data.tokenizer_training import train_sentencepiece
 from nova_sys.errors import is_user_error
+from nova_sys.hf.folder import HFFolder
 from nova_sys.start import RUN_FILE, _left_by
 
 
@@ -126,6 +127,8 @@ class Workplace:
         opened = TokenStore.open(self.store)
         self.arrays = {name: np.array(getattr(opened, name)) for name in ARRAYS}
         self.checkpoint = checkpoint_in(folder / "run" / "checkpoints" / "step_1")
+        self.model = folder / "model"
+        self.model_files = mutations.hugging_face_model(self.model)
         self.reader = tokenizer_reader.Reader()
 
 
@@ -295,6 +298,23 @@ def tokenizers_of_sentencepiece(rng: random.Random, work: Workplace) -> None:
     outcomes[work.reader.judge({"tokenizer.model": model})] += 1
 
 
+def models_of_hugging_face(rng: random.Random, work: Workplace) -> None:
+    """A damaged folder is refused, or gives every tensor in the shape that its config.json says."""
+    name = rng.choice([*work.model_files, "config.json", "config.json"])
+    original = work.model_files[name]
+    harmed = mutated(original, rng, most=1)
+    if name.endswith(".json") and rng.random() < 0.7:
+        harmed = json.dumps(mutate_json(json.loads(original), rng)).encode()
+    (work.model / name).write_bytes(harmed)
+    try:
+        with only_our_refusals(work.model):
+            found = HFFolder(work.model)
+            for tensor, shape in found.expected().items():
+                assert found.slice(tensor, slice(None)).shape == shape
+    finally:
+        (work.model / name).write_bytes(original)
+
+
 TARGETS: dict[Callable[[random.Random, Workplace], None], int] = {
     reader_of_records: 400,
     builder_of_stores: 150,
@@ -305,6 +325,7 @@ TARGETS: dict[Callable[[random.Random, Workplace], None], int] = {
     prompt_files: 300,
     checkpoints: 300,
     run_files: 100,
+    models_of_hugging_face: 600,
     tokenizers_of_hugging_face: 200,
     tokenizers_of_sentencepiece: 100,
 }

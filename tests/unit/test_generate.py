@@ -39,6 +39,14 @@ MODELS = {
     "kv-shift": KV_SHIFT,
     "kv-shift-one-kv-head": {**KV_SHIFT, "num_kv_heads": 1},
     "tied-normhead": {"tied_embeddings": True, "norm_head": True},
+    "windows": {"sliding_window": 9, "window_layers": (1,)},
+    "windows-other-heads": {
+        **KV_SHIFT,
+        "sliding_window": 5,
+        "window_layers": (0,),
+        "window_heads": 2,
+        "window_kv_heads": 1,
+    },
 }
 LENGTHS = (7, 1, 20, 2, 33, 12)  # several prefill packs, prompts of one token among them
 

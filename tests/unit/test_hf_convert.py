@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nova_sys.config_io import check, config_from
 from nova_sys.data.records import Message
 from nova_sys.data.render import Renderer
 from nova_sys.data.tokenizer import load_tokenizer
@@ -86,6 +87,28 @@ def test_there_and_back_is_bit_identical(
             assert torch.equal(loaded(ids).logits, references[name].model(ids).logits)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
         assert tokenizer("hi </s>").input_ids == [71, 72, 220, 257]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("low_freq_factor", 5.0, r"model\.rope_low_freq_factor = 5\.0: must be below model"),
+        ("rope_theta", 1e39, r"model\.rope_base = 1e\+39: must be finite and above 0, at most 3e"),
+    ],
+)
+def test_a_folder_that_breaks_a_rule_of_models_is_refused(
+    references: dict[str, Any], tmp_path: Path, key: str, value: float, says: str
+) -> None:
+    """In the words that a run from the folder would be refused with."""
+    source = Path(shutil.copytree(references["llama3"].folder, tmp_path / "llama3"))
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"][key] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says) as told:
+        from_hf(source, tmp_path / "ours")
+    assert str(source / "config.json") in str(told.value) and not (tmp_path / "ours").exists()
+    with pytest.raises(ValueError, match=says):
+        check(config_from([f"model.init_from={source}", "data.train=x"], source), 1)
 
 
 def test_files_respect_their_size(references: dict[str, Any], tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nova_sys.config import ModelConfig
-from nova_sys.config_io import check, config_from, load_recipe
+from nova_sys.config_io import config_from, load_recipe
 from nova_sys.config_rules import broken_rules
-from nova_sys.hf.config_json import family_for, read_model, write_config
+from nova_sys.hf.config_json import read_model
+from nova_sys.hf.config_out import family_for, write_config
+from nova_sys.hf.families import dims_of, shape_of
 from nova_sys.hf.folder import HFFolder, identity_of
 
 transformers = pytest.importorskip("transformers")
@@ -105,12 +107,17 @@ def test_a_folder_fills_the_recipe(references: dict[str, Any], tmp_path: Path) -
         ("llama", {"num_key_value_heads": "2", "head_dim": -8}, r'num_key_value_heads = "2": must be a whole(.|\n)*head_dim = -8'),
         ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps = "1e-5": must be a number above 0'),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta = -1.0: must be a number above 0"),
-        ("mistral", {"layer_types": 1, "sliding_window": [9]}, r"layer_types = 1: must be a list(.|\n)*sliding_window = \[9\]"),
+        ("mistral", {"sliding_window": [9]}, r"sliding_window = \[9\]: must be a whole number"),
+        ("qwen3-windows", {"layer_types": 1}, "layer_types = 1: must tell which of the 4 layers have the window"),
+        ("qwen3-windows", {"layer_types": ["full_attention", "linear_attention"] * 2}, "layer_types = .*must tell which of the 4 layers"),
+        ("qwen2-windows", {"layer_types": None, "max_window_layers": "all"}, "layer_types = null: must tell which"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("baichuan", {"max_position_embeddings": None}, "ALiBi"),
         ("baichuan", {"num_key_value_heads": 2}, "has as many as num_attention_heads = 4"),
         ("baichuan", {"tie_word_embeddings": True}, "output layer of a BaichuanForCausalLM is its own"),
-        ("baichuan-m1", {"sliding_window_layers": [1, 3], "num_swa_attention_heads": 2}, "these layers have 2 heads and 2"),
+        ("baichuan-m1", {"sliding_window_layers": [1, 4]}, r"sliding_window_layers = \[1, 4\]: must tell which of the 4 layers"),
+        ("baichuan-m1-windows", {"num_swa_attention_heads": "8"}, 'num_swa_attention_heads = "8": must be a whole number'),
+        ("baichuan-m1-windows", {"head_dim": 8}, "head_dim = 8: must be left out where some layers have other heads"),
         ("baichuan-m1", {"conv_window": 3}, "conv_window = 3: must be 2"),
     ],
 )  # fmt: skip
@@ -123,15 +130,50 @@ def test_a_config_that_cannot_be_computed_is_refused(
         read_model(tmp_path)
 
 
-def test_a_window_limits_the_packs(references: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copy(references["baichuan-m1"].folder / "config.json", tmp_path)
-    change(tmp_path, sliding_window_layers=[1, 3])  # with the heads of the other layers
-    assert read_model(tmp_path)[1].sliding_window == 128
-    for source, window in ((tmp_path, 128), (references["mistral"].folder, 256)):
-        settings = [f"model.init_from={source}", "data.train=x"]
-        with pytest.raises(ValueError, match=f"must not exceed model.sliding_window = {window}"):
-            check(config_from(settings, source), 1)
-        check(config_from([*settings, f"data.pack_length={window}"], source), 1)
+def test_windows_are_those_of_transformers(references: dict[str, Any], tmp_path: Path) -> None:
+    """By layer, also where config.json leaves them to its defaults."""
+
+    def windows(name: str, **values: Any) -> list[int]:
+        shutil.copy(references[name].folder / "config.json", tmp_path)
+        change(tmp_path, **values)
+        model = read_model(tmp_path)[1]
+        return [model.heads_of(layer).window for layer in range(model.num_layers)]
+
+    for name in ("qwen2", "qwen2-windows", "qwen3", "qwen3-windows"):
+        config = references[name].model.config
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        assert windows(name) == [slide and config.sliding_window for slide in slides]
+    assert windows("qwen2-windows", layer_types=None) == [0, 37, 37, 37]  # transformers 4
+    assert windows("qwen2-windows", use_sliding_window=False) == [0] * 4
+    assert windows("mistral") == [37] * 4
+    assert windows("mistral", sliding_window=None) == [4096] * 4  # transformers' default
+    assert windows("mistral", sliding_window=0) == [0] * 4
+    assert windows("baichuan-m1") == [0] * 4
+    assert windows("baichuan-m1-windows") == [0, 37, 0, 37]
+    assert windows("llama", sliding_window=9) == [0] * 4  # transformers ignores it there
+
+
+def test_baichuan_m1_14b(references: dict[str, Any], tmp_path: Path) -> None:
+    """The published shape: 20 heads of 256 over 2, and in every second layer 40 of 128 over 8 with a window."""
+    shutil.copy(references["baichuan-m1-windows"].folder / "config.json", tmp_path)
+    change(
+        tmp_path,
+        num_hidden_layers=40,
+        hidden_size=5120,
+        num_attention_heads=20,
+        num_key_value_heads=2,
+        sliding_window=8192,
+    )
+    change(
+        tmp_path,
+        sliding_window_layers=list(range(1, 40, 2)),
+        num_swa_attention_heads=40,
+        num_swa_key_value_heads=8,
+    )
+    model = read_model(tmp_path)[1]
+    assert model.kinds_of_layers() == {(20, 2, 256, 0): 20, (40, 8, 128, 8192): 20}
+    expected = dims_of(model, model.vocab_size, 0), dims_of(model, model.vocab_size, 1)
+    assert [shape_of("NH+2KH D", dims) for dims in expected] == [(6144, 5120), (7168, 5120)]
 
 
 def test_rules_of_the_rope_scaling() -> None:
@@ -222,6 +264,13 @@ def test_a_damaged_folder_is_told(
         HFFolder(folder)
 
 
+def test_more_layers_than_tensors_are_told_at_once(folder: Path) -> None:
+    """The names of all that is missing would fill the memory."""
+    change(folder, num_hidden_layers=2**40)
+    with pytest.raises(ValueError, match=r"num_hidden_layers = 1099511627776: every layer has"):
+        HFFolder(folder)
+
+
 def test_one_changed_number_is_another_model(folder: Path) -> None:
     """Reference log-probs are kept by this identity."""
     before = identity_of(folder, HFFolder(folder).files)
@@ -238,7 +287,7 @@ def test_a_run_from_before_these_options_may_go_on() -> None:
 
     ours = run_fields(config_from(["data.train=x"], "-"))
     older = {k: v for k, v in ours.items() if k.removeprefix("model.") not in NEWER_MODEL_FIELDS}
-    assert len(ours) - len(older) == 8
+    assert len(ours) - len(older) == 11
     _refuse_another_run(Path("runs/x"), older, ours)
     with pytest.raises(ValueError, match=r"model\.qk_norm: False there, True here"):
         _refuse_another_run(Path("runs/x"), older, ours | {"model.qk_norm": True})

@@ -17,7 +17,7 @@ from nova_sys.hf.config_json import read_model
 from nova_sys.hf.families import dims_of, table_of
 from nova_sys.hf.weights import load_any_weights, their_tensor
 from nova_sys.model.attention import PackLayout
-from nova_sys.model.build import build_model, shards_of, transformer_config
+from nova_sys.model.build import build_model, layer_of, shards_of, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.parallel import Parallel, parallel_run
 
@@ -98,17 +98,15 @@ def gradients_by_their_names(gpt: PackedGPT, folder: Path) -> dict[str, torch.Te
     whole: dict[tuple[str, int | None], list[torch.Tensor]] = {}
     for shard in shards_of(gpt):
         assert shard.data is not None
-        layer = shard.global_offset[0] if shard.prepend_axis_num else None
-        whole.setdefault((shard.key, layer), []).append(shard.data)
+        whole.setdefault(layer_of(shard), []).append(shard.data)
 
     def rows(ours: str, layer: int | None, first: int, num_rows: int) -> torch.Tensor:
         return torch.cat(whole[ours, layer])[first : first + num_rows]
 
     family, model = read_model(folder)
-    dims = dims_of(model, model.vocab_size)
     return {
-        (row.name if layer is None else row.in_layer(layer)): their_tensor(
-            row, layer, dims, torch.float32, rows
+        row.in_layer(layer): their_tensor(
+            row, layer, dims_of(model, model.vocab_size, layer), torch.float32, rows
         )
         for row in table_of(family, model)
         for layer in (range(model.num_layers) if row.in_layers else [None])

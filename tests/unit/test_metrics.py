@@ -1,4 +1,4 @@
-"""The FLOP count behind MFU, against a count by hand."""
+"""A step's throughput, GPU figures and MFU over the ranks of a job; the scalars of KV shifting."""
 
 from __future__ import annotations
 
@@ -11,51 +11,8 @@ import torch
 import torch.distributed as dist
 
 from nova_sys.config import LogConfig, ModelConfig, RunConfig
-from nova_sys.data.batch import Pack
-from nova_sys.metrics import (
-    KV_SHIFT_TAGS,
-    StepClock,
-    attention_area,
-    kv_shift_histograms,
-    training_flops,
-)
-
-
-def test_attention_area_counts_allowed_pairs() -> None:
-    segments_S4 = np.array([[0, 5, 0, 0], [5, 7, 0, 3], [7, 10, 7, 7]], dtype=np.int32)
-    allowed = np.zeros((10, 10), dtype=bool)
-    for start, end, prefix_start, prefix_end in segments_S4:
-        for q in range(start, end):
-            allowed[q, start : q + 1] = True
-            allowed[q, prefix_start:prefix_end] = True
-    assert attention_area(segments_S4) == allowed.sum()
-
-
-def test_training_flops_by_hand() -> None:
-    model = ModelConfig(
-        num_layers=3, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_hidden_size=40
-    )
-    none = np.zeros(0)
-    pack = Pack(
-        tokens_T=np.zeros(10, dtype=np.int64),
-        segments_S4=np.array([[0, 5, 0, 0], [5, 7, 0, 3], [7, 10, 7, 7]], dtype=np.int32),
-        row_R=np.arange(4),
-        target_R=np.arange(4),
-        sequence_R=np.zeros(4, dtype=np.int64),
-        response_B=none,
-        document_P=none,
-        ref_logp_B=none,
-        num_tokens=7,
-        num_loss_tokens=4,
-    )
-    # per token: q and o are 16 x 16, k and v 16 x 8, the three FFN matrices 16 x 40
-    weights = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
-    area = (
-        15 + 3 + 2 * 3
-    )  # causal 5, causal 2, and 2 branch tokens against 3 prefix tokens; padding does not count
-    attention = 2 * 4 * 4 * area  # scores and weighted sum: 4 heads of 4
-    forward = 2 * (3 * (7 * weights + attention) + 4 * 16 * 100)
-    assert training_flops(model, 4, 100, pack) == pytest.approx(3 * forward)
+from nova_sys.metrics import KV_SHIFT_TAGS, StepClock, kv_shift_histograms
+from nova_sys.telemetry import TAGS
 
 
 def test_a_step_waits_for_the_rank_that_waits_longest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +30,90 @@ def test_a_step_waits_for_the_rank_that_waits_longest(monkeypatch: pytest.Monkey
     monkeypatch.setattr("nova_sys.metrics.training_flops", lambda *_: 1e9)
     groups = SimpleNamespace(dp=None)
     parallel = SimpleNamespace(device=torch.device("cpu"), groups=groups, world_size=4, data_size=4)
-    clock = StepClock(ModelConfig(), parallel, head_dim=4, vocab_size=9, dtype=torch.float32)  # pyright: ignore[reportArgumentType]
+    clock = StepClock(ModelConfig(), parallel, vocab_size=9, dtype=torch.float32)  # pyright: ignore[reportArgumentType]
     pack: Any = SimpleNamespace(num_tokens=30, tokens_T=np.zeros(40), document_P=np.zeros(3))
     record = clock.record([pack], step_time_s=2.0, data_wait_s=0.08)
     assert record["data_wait_ms"] == pytest.approx(80.0)
     assert record["peak_gib"] == 3.0
     assert (record["tokens_per_s"], record["pairs_per_s"], record["fill"]) == (60, 6, 0.75)
+
+
+GPUS = [
+    {"power_w": 400.0, "draw_w": 500.0, "temperature_c": 60.0, "used_gib": 70.0},
+    {"power_w": 600.0, "draw_w": 700.0, "temperature_c": 80.0, "used_gib": 40.0},
+    {"power_w": 650.0, "draw_w": 300.0, "utilization_percent": 90.0},
+    {"draw_w": 500.0, "utilization_percent": 70.0, "sm_clock_mhz": 1200.0},
+]
+
+
+def record_of_job(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[dict[str, float]], data_size: int
+) -> dict[str, float]:
+    """What the ranks with these GPUs agree on: each has a pack of 30 tokens in 2 s, which ranks beside it may share."""
+    sent: list[list[torch.Tensor]] = []
+
+    def of_rank(gpu: dict[str, float], all_reduce: Any) -> dict[str, float]:
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        monkeypatch.setattr("nova_sys.metrics.peak_flops", lambda *_: 1e9)
+        monkeypatch.setattr("nova_sys.metrics.training_flops", lambda *_: 1e9)
+        parallel: Any = SimpleNamespace(
+            device=torch.device("cpu"), world_size=len(gpus), data_size=data_size
+        )
+        clock = StepClock(ModelConfig(), parallel, vocab_size=9, dtype=torch.float32)
+        monkeypatch.setattr(clock.gpu, "since_last", lambda: gpu)
+        pack: Any = SimpleNamespace(num_tokens=30, tokens_T=np.zeros(40), document_P=np.zeros(3))
+        return clock.record([pack], step_time_s=2.0, data_wait_s=0.0)
+
+    def keep(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        sent[-1].append(tensor.clone())
+
+    for gpu in gpus:
+        sent.append([])
+        of_rank(gpu, keep)
+    both = [torch.stack(tensors) for tensors in zip(*sent, strict=True)]
+
+    def answer(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        is_sum = op == dist.ReduceOp.SUM
+        tensor.copy_(both[0].sum(0) if is_sum else both[1].amax(0))
+
+    return of_rank(gpus[0], answer)
+
+
+def test_gpu_figures_are_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = record_of_job(monkeypatch, GPUS, data_size=4)
+    assert {name: value for name, value in record.items() if name.startswith("gpu_")} == {
+        "gpu_power_w": 550.0,  # means over those that know
+        "gpu_utilization_percent": 80.0,
+        "gpu_sm_clock_mhz": 1200.0,
+        "gpu_temperature_c": 80.0,  # the hottest
+        "gpu_used_gib": 70.0,
+        "gpu_energy_mj_per_token": pytest.approx(1e3 * 2000 * 2 / 120),  # 2 kW for 2 s, 120 tokens
+    }
+    assert set(record) <= set(TAGS)
+    assert record["mfu"] == pytest.approx(4e9 / 2 / 4 / 1e9)
+
+
+def test_ranks_that_share_a_pack_count_its_tokens_once_and_all_their_energy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four GPUs, two of them for one model: half as many tokens for the same energy."""
+    record = record_of_job(monkeypatch, GPUS, data_size=2)
+    assert record["tokens_per_s"] == 30.0
+    assert record["pairs_per_s"] == 3.0
+    assert record["gpu_energy_mj_per_token"] == pytest.approx(1e3 * 2000 * 2 / 60)
+    assert record["mfu"] == pytest.approx(2e9 / 2 / 4 / 1e9)
+
+
+def test_no_energy_per_token_when_a_gpu_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum without one GPU would look like a saving."""
+    record = record_of_job(monkeypatch, [*GPUS[:3], {"utilization_percent": 70.0}], data_size=4)
+    assert "gpu_energy_mj_per_token" not in record
+    assert record["gpu_power_w"] == 550.0
+
+
+def test_without_gpus_a_record_does_not_speak_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = record_of_job(monkeypatch, [{}, {}], data_size=2)
+    assert not [name for name in record if name.startswith("gpu_")]
 
 
 class _Attention(torch.nn.Module):

@@ -87,8 +87,9 @@ def pack_groups(store: TokenStore, groups: list[list[int]], share_prefix: bool) 
         {},
         {"kv_shift": True, "kv_shift_init": "random"},
         {"tied_embeddings": True, "norm_head": True},
+        {"kv_shift": True, "sliding_window": 4, "window_layers": (1,), "window_heads": 2},
     ],
-    ids=["plain", "kv-shift", "tied-normhead"],
+    ids=["plain", "kv-shift", "tied-normhead", "kv-shift-windows"],
 )
 def test_sharing_and_packing_change_nothing(
     parallel: Parallel, store: TokenStore, changes: dict

@@ -10,7 +10,6 @@ import typing
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +17,7 @@ from nova_sys import telemetry
 from nova_sys.algo import build_algorithm
 from nova_sys.config import AlgoConfig, LogConfig
 from nova_sys.config_io import TYPES
-from nova_sys.telemetry import TAGS, Profiler, Telemetry
+from nova_sys.telemetry import TAGS, Telemetry
 
 QUIET = LogConfig(tensorboard=False, progress=False, every_steps=1000)
 
@@ -164,41 +163,6 @@ def test_the_bar_shows_progress_and_values_on_a_terminal(tmp_path, monkeypatch, 
     values = "loss 0.6931  margin -0.250  99,999 tok/s  1,234.5 pairs/s  1.50 GiB"
     assert values in screen.getvalue()
     assert caplog.messages == []
-
-
-def profile_steps(run_dir, steps, first, last):
-    profiler = Profiler(run_dir, steps, start_step=first - 1, rank=3)
-    for step in range(first, last + 1):
-        with torch.profiler.record_function(f"work of step {step}"):
-            torch.ones(4).sum()
-        profiler.step(step)
-    profiler.close()
-    traces = list((run_dir / "tensorboard").glob("rank3.*.pt.trace.json"))
-    if not traces:
-        return None
-    (trace,) = traces
-    events = json.loads(trace.read_text())["traceEvents"]
-    return {event["name"] for event in events if event["name"].startswith("work of step")}
-
-
-@pytest.mark.parametrize(
-    ("steps", "first", "last", "recorded"),
-    [
-        ((3, 4), 1, 6, [3, 4]),
-        ((2, 2), 1, 3, [2]),
-        ((1, 2), 1, 3, [1, 2]),
-        ((3, 6), 5, 8, [5, 6]),  # resumed inside the window
-        ((3, 9), 1, 4, [3, 4]),  # the run ends inside the window
-    ],
-)
-def test_profiler_records_exactly_the_chosen_steps(tmp_path, steps, first, last, recorded):
-    names = profile_steps(tmp_path, steps, first, last)
-    assert names == {f"work of step {step}" for step in recorded}
-
-
-@pytest.mark.parametrize("steps", [None, (1, 2)])
-def test_profiler_without_steps_to_record(tmp_path, steps):
-    assert profile_steps(tmp_path, steps, 3, 5) is None
 
 
 def test_histograms_are_read_back(tmp_path):

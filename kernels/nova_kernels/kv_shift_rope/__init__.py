@@ -15,12 +15,14 @@ from nova_kernels.checks import check_dtype, check_same_device, check_shape
 from nova_kernels.kv_shift_rope._cuda import broken_rule, kv_shift_rope_cuda
 from nova_kernels.kv_shift_rope.reference import shift_rope
 from nova_kernels.kv_shift_rope.state import Options, Weights, check_inplace
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex, schedule_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUSED_DTYPES = _DTYPES[:3]
 
 
+@ranged("nova_kernels.kv_shift_rope")
 def kv_shift_rope(
     q_TNH: torch.Tensor,
     k_TKH: torch.Tensor,

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from nova_kernels.backend import cuda_kernels
 from nova_kernels.kv_shift_rope.state import Options, Weights
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex
 
 BLOCKS = 0  # thread blocks of a launch at most, 0: as many as there is work for. No result depends on it.
@@ -82,6 +83,7 @@ class _ShiftRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.kv_shift_rope.backward")
     def backward(
         ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor, dv_out: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nova_kernels.kv_shift_rope._triton_kernels import bwd_kernel, fwd_kernel
 from nova_kernels.kv_shift_rope.state import Options, Weights
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex
 
 MAX_HEADS = 8
@@ -87,6 +88,7 @@ class _ShiftRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.kv_shift_rope.backward")
     def backward(
         ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor, dv_out: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

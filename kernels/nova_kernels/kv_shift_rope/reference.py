@@ -12,6 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nova_kernels.kv_shift_rope.state import Options
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex
 
 
@@ -63,6 +64,7 @@ class _ShiftRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.kv_shift_rope.backward")
     def backward(ctx: Any, dy_TXH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TXH, mix_X2, norm_H, cos_TF, sin_TF = ctx.saved_tensors
         dx = _wide(dy_TXH)

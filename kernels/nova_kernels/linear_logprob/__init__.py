@@ -25,6 +25,7 @@ from nova_kernels.linear_logprob.state import (
     RowState,
     outputs,
 )
+from nova_kernels.ranges import ranged
 
 __all__ = ["IGNORE_TARGET", "LinearLogprob", "linear_logprob"]
 
@@ -40,6 +41,7 @@ class LinearLogprob(NamedTuple):
     max_logit_R: Tensor | None
 
 
+@ranged("nova_kernels.linear_logprob")
 def linear_logprob(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -191,6 +193,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.linear_logprob.backward")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable's type)
         ctx: Any, *douts: Tensor | None
     ) -> tuple[Tensor | None, ...]:

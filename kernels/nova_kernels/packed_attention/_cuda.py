@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nova_kernels.backend import cuda_kernels
 from nova_kernels.packed_attention.schedule import attention_schedule, loadable
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex
 
 HEAD_DIMS = (64, 128)
@@ -20,7 +21,7 @@ MAX_TOKENS, MAX_HEADS = 1 << 20, 1024
 BLOCKS = 0  # thread blocks of a launch at most, 0: one per multiprocessor. No result depends on it.
 
 
-def broken_rule(q_TNH: torch.Tensor, *, softmax_scale: float) -> str:
+def broken_rule(q_TNH: torch.Tensor, *, softmax_scale: float, window: int) -> str:
     """The rule of the CUDA kernels that these inputs break, or an empty string; their device aside.
 
     Rows that a tensor map cannot address (heads not side by side, or not on 16 bytes) are no
@@ -31,6 +32,8 @@ def broken_rule(q_TNH: torch.Tensor, *, softmax_scale: float) -> str:
         return f"cuda needs bf16, not {str(q_TNH.dtype).removeprefix('torch.')}"
     if H not in HEAD_DIMS:
         return f"cuda needs a head dim of 64 or 128, not {H}"
+    if window:
+        return f"cuda knows no window, and this pack has positions beyond one of {window}"
     if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
         return f"cuda needs a positive softmax_scale, not {softmax_scale}"
     if T > MAX_TOKENS or N > MAX_HEADS:
@@ -81,6 +84,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.packed_attention.backward")
     def backward(ctx: Any, dout_TNH: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         q_TNH, k_TKH, v_TKH, out_TNH, lse2_PR = ctx.saved_tensors
         gradients = tuple(

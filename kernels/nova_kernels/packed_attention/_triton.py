@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nova_kernels.packed_attention._triton_kernels import dkv_kernel, dq_kernel, fwd_kernel
 from nova_kernels.packed_attention.schedule import attention_schedule, loadable
+from nova_kernels.ranges import ranged
 from nova_kernels.segments import SegmentIndex
 
 LOG2E = math.log2(math.e)
@@ -68,12 +69,13 @@ def packed_attention_triton(
     index: SegmentIndex,
     *,
     softmax_scale: float,
+    window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The public function's work; arguments are checked.
 
     Returns:  out_TNH, and lse_TN fp32 (natural, without gradient).
     """
-    return _PackedAttention.apply(q_TNH, k_TKH, v_TKH, index, softmax_scale)
+    return _PackedAttention.apply(q_TNH, k_TKH, v_TKH, index, softmax_scale, window)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -85,9 +87,10 @@ class _PackedAttention(torch.autograd.Function):
         v_TKH: torch.Tensor,
         index: SegmentIndex,
         softmax_scale: float,
+        window: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_TNH, k_TKH, v_TKH = (loadable(x) for x in (q_TNH, k_TKH, v_TKH))
-        call = _Call(q_TNH, k_TKH, index)
+        call = _Call(q_TNH, k_TKH, index, window)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         lse_TN = q_TNH.new_empty(q_TNH.shape[:2], dtype=torch.float32)
         tile = call.tiles.fwd
@@ -104,6 +107,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.packed_attention.backward")
     def backward(ctx: Any, dout_TNH: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         q_TNH, k_TKH, v_TKH, out_TNH, lse_TN = ctx.saved_tensors
         call: _Call = ctx.call
@@ -124,9 +128,10 @@ class _PackedAttention(torch.autograd.Function):
         call.launch(
             dkv_kernel, tile, call.key_tiles(tile), k_TKH.shape[1],
             call.rows(q_TNH, tile), call.keys(k_TKH, tile), call.keys(v_TKH, tile),
-            call.rows(dout_TNH, tile), dk_TKH, dv_TKH, lse_TN, delta_TN, **scales,
+            call.rows(dout_TNH, tile), dk_TKH, dv_TKH, lse_TN, delta_TN,
+            call.index.position_T if call.window else None, **scales,
         )  # fmt: skip
-        return dq_TNH, dk_TKH, dv_TKH, None, None
+        return dq_TNH, dk_TKH, dv_TKH, None, None, None
 
 
 def heads_in_row_tile(tile: Tile, group: int) -> int:
@@ -146,10 +151,12 @@ def tile_sizes(N: int, K: int, H: int) -> list[tuple[int, int]]:
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, index: SegmentIndex) -> None:
+    def __init__(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, index: SegmentIndex, window: int
+    ) -> None:
         _, self.N, self.H = q_TNH.shape
         self.group = self.N // k_TKH.shape[1]
-        self.tiles, self.index = tiles_of(self.H), index
+        self.tiles, self.index, self.window = tiles_of(self.H), index, window
         self.block_h = max(64, triton.next_power_of_2(self.H))
 
     def pack(self, tile: Tile) -> int:
@@ -191,5 +198,5 @@ class _Call:
         kernel[(len(tiles_I5) * heads,)](
             *tensors, tiles_I5, self.N, *scales.values(),
             GROUP=self.group, PACK=self.pack(tile), H=self.H, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-            BLOCK_H=self.block_h, num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_H=self.block_h, WINDOW=self.window, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

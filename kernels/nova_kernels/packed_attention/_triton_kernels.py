@@ -52,6 +52,17 @@ def _query_tile(p_tiles, i_tile):
 
 
 @triton.jit
+def _first_seen(q0, own, prefix0, prefix1, WINDOW: tl.constexpr):
+    """The first own key and the first key of the prefix that the tile's first row sees; its other rows see less of them."""
+    if WINDOW == 0:
+        return own, prefix0
+    else:
+        first = q0 - WINDOW + 1  # the prefix ends at the position where the segment starts
+        in_prefix = tl.minimum(prefix1, tl.maximum(prefix0, first - own + prefix1))
+        return tl.maximum(own, first), in_prefix
+
+
+@triton.jit
 def _key_loop(stage: tl.constexpr, q0, q1, own, prefix0, prefix1, BLOCK_N: tl.constexpr):
     """First and last + 1 step of a loop over key tiles, by kind: 0 diagonal, 1 whole own tiles,
     2 whole prefix tiles, 3 the at most two that hang over (step 0: own, step 1: prefix)."""
@@ -92,14 +103,28 @@ def _allowed(stage: tl.constexpr, i, o_token, o_key, own, prefix0):
 
 
 @triton.jit
+def _within(stage: tl.constexpr, i, o_token, o_key, behind_prefix, WINDOW: tl.constexpr):
+    """Whether keys lie in the rows' window: every tile may hold its edge. behind_prefix: tokens between the prefix's end and the segment."""
+    if stage == 2:
+        o_near = o_key + behind_prefix
+    elif stage == 3:
+        o_near = o_key + tl.where(i == 0, 0, behind_prefix)
+    else:
+        o_near = o_key
+    return o_near[None, :] > o_token[:, None] - WINDOW
+
+
+@triton.jit
 def fwd_kernel(
     q_desc, k_desc, v_desc, p_out, p_lse, p_tiles, num_heads, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """out and its log-sum-exp, base 2, of the scaled scores; scale holds log2(e)."""
     i_item, groups = tl.program_id(0), num_heads // PACK
     q0, q1, own, prefix0, prefix1 = _query_tile(p_tiles, i_item // groups)
+    behind_prefix = own - prefix1
+    own, prefix0 = _first_seen(q0, own, prefix0, prefix1, WINDOW)
     head = (i_item % groups) * PACK
     kv_head = head // GROUP
     o_row, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -115,6 +140,9 @@ def fwd_kernel(
             b_s = tl.dot(b_q, _load_keys(k_desc, j, kv_head, BLOCK_N, H, BLOCK_H).T)
             if stage == 0 or stage == 3:
                 m = _allowed(stage, i, o_token, j + o_n, own, prefix0)
+                b_s = tl.where(m, b_s, float("-inf"))
+            if WINDOW > 0:
+                m = _within(stage, i, o_token, j + o_n, behind_prefix, WINDOW)
                 b_s = tl.where(m, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
             # A row may have seen no key yet: its first token lies left of this diagonal tile.
@@ -137,11 +165,13 @@ def fwd_kernel(
 def dq_kernel(
     q_desc, k_desc, v_desc, out_desc, dout_desc, p_dq, p_lse, p_delta, p_tiles, num_heads, scale,
     softmax_scale, GROUP: tl.constexpr, PACK: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """dq, and on the way delta = rowsum(out * dout), which dkv_kernel reads."""
     i_item, groups = tl.program_id(0), num_heads // PACK
     q0, q1, own, prefix0, prefix1 = _query_tile(p_tiles, i_item // groups)
+    behind_prefix = own - prefix1
+    own, prefix0 = _first_seen(q0, own, prefix0, prefix1, WINDOW)
     head = (i_item % groups) * PACK
     kv_head = head // GROUP
     o_row, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -165,6 +195,8 @@ def dq_kernel(
             b_p = tl.exp2(b_s * scale - b_lse[:, None])
             if stage == 0 or stage == 3:  # after the exponential, which may overflow where masked
                 b_p = tl.where(_allowed(stage, i, o_token, j + o_n, own, prefix0), b_p, 0.0)
+            if WINDOW > 0:
+                b_p = tl.where(_within(stage, i, o_token, j + o_n, behind_prefix, WINDOW), b_p, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq)
     o_h = tl.arange(0, BLOCK_H)
@@ -183,9 +215,9 @@ def _load_rows(p_x, o, m, other: tl.constexpr):
 
 @triton.jit
 def dkv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, p_dk, p_dv, p_lse, p_delta, p_tiles, num_heads, scale,
+    q_desc, k_desc, v_desc, dout_desc, p_dk, p_dv, p_lse, p_delta, p_position, p_tiles, num_heads, scale,
     softmax_scale, GROUP: tl.constexpr, PACK: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys: queries behind them in their own segment, then, for keys of a prefix,
     all of its branches, which lie side by side. Scores are computed transposed, so that P^T and dS^T
@@ -207,6 +239,13 @@ def dkv_kernel(
     b_v = _load_keys(v_desc, k0, kv_head, BLOCK_N, H, BLOCK_H)
     b_dk = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    if WINDOW > 0:
+        own1 = tl.minimum(own1, k1 - 1 + WINDOW)
+        m_key = o_key < k1
+        o_key_position = tl.load(p_position + o_key, mask=m_key, other=0).to(tl.int32)
+        if branch1 > branch0:  # the first token of a branch is the nearest to the prefix
+            nearest = tl.load(p_position + branch0) - tl.load(p_position + k1 - 1)
+            branch1 = tl.where(nearest < WINDOW, branch1, branch0)
     whole_own = (own1 - (k1 - 1)) // QUERIES  # tiles whose first query sees every key
     whole_branch = (branch1 - branch0) // QUERIES
     for g in range(GROUP // PACK):
@@ -241,6 +280,10 @@ def dkv_kernel(
                 b_p = tl.exp2(tl.dot(b_k, b_q.T) * scale - b_lse[None, :])
                 if stage == 1:
                     b_p = tl.where(o_key[:, None] <= o_token[None, :], b_p, 0.0)
+                if WINDOW > 0:
+                    o_position = _load_rows(p_position, o_token, m_row, 0).to(tl.int32)
+                    m_near = o_position[None, :] - o_key_position[:, None] < WINDOW
+                    b_p = tl.where(m_near, b_p, 0.0)
                 b_dout = _load_queries(dout_desc, j, head, BLOCK_M, PACK, H, BLOCK_H)
                 b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv)
                 b_delta = _load_rows(p_delta, o_scalar, m_row, 0.0)

@@ -10,12 +10,13 @@ one key/value head become g rows of one matrix, so grouped keys are never repeat
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from nova_kernels.segments import HostSegments, segment_ids
+from nova_kernels.ranges import ranged
+from nova_kernels.segments import HostSegments, positions, segment_ids
 
 # Query rows per block. Smaller wastes fewer masked scores, larger makes better GEMMs; for 29
 # segments in T=2048, N=8, K=4, H=32, fp32, forward + backward on one core took
@@ -27,13 +28,18 @@ BLOCK_ROWS = 64
 KEEP_BYTES = 64 * 2**20
 
 
-def attention_mask(segments_S4: torch.Tensor, T: int) -> torch.Tensor:
-    """allowed[q, j] (T, T) bool: same segment and j <= q, or j in the prefix of q's segment."""
+def attention_mask(segments_S4: torch.Tensor, T: int, window: int = 0) -> torch.Tensor:
+    """allowed[q, j] (T, T) bool: same segment and j <= q, or j in the prefix of q's segment; and,
+    with a window, position[q] - position[j] < window."""
     segment_T = segment_ids(segments_S4, T)
     token_T = torch.arange(T, device=segments_S4.device)
     _, _, prefix_start_T, prefix_end_T = segments_S4.long()[segment_T].unbind(1)
     own = (segment_T[:, None] == segment_T) & (token_T <= token_T[:, None])
-    return own | ((prefix_start_T[:, None] <= token_T) & (token_T < prefix_end_T[:, None]))
+    allowed = own | ((prefix_start_T[:, None] <= token_T) & (token_T < prefix_end_T[:, None]))
+    if window:
+        position_T = positions(segments_S4, T)
+        allowed &= position_T[:, None] - position_T < window
+    return allowed
 
 
 def dense_attention(
@@ -43,6 +49,7 @@ def dense_attention(
     segments_S4: torch.Tensor,
     *,
     softmax_scale: float | None = None,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in the input's dtype, with a T x T mask: for tests on small packs.
 
@@ -53,7 +60,7 @@ def dense_attention(
     scale = H**-0.5 if softmax_scale is None else softmax_scale
     k_TNH, v_TNH = (x.repeat_interleave(group, dim=1) for x in (k_TKH, v_TKH))
     score_NTT = torch.einsum("qnh,jnh->nqj", q_TNH, k_TNH) * scale
-    score_NTT = score_NTT.masked_fill(~attention_mask(segments_S4, T), -torch.inf)
+    score_NTT = score_NTT.masked_fill(~attention_mask(segments_S4, T, window), -torch.inf)
     out_TNH = torch.einsum("nqj,jnh->qnh", score_NTT.softmax(dim=-1), v_TNH)
     return out_TNH, score_NTT.logsumexp(dim=-1).T
 
@@ -65,6 +72,7 @@ def blocked_attention(
     host_segments: HostSegments,
     *,
     softmax_scale: float,
+    window: int = 0,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The path training on a CPU takes: no T x T matrix, at least fp32 inside.
@@ -72,9 +80,17 @@ def blocked_attention(
     Returns:  out_TNH of q's dtype; lse_TN fp32 (fp64 for fp64 inputs), without gradient, or None.
     """
     keep_bytes = KEEP_BYTES if torch.is_grad_enabled() else 0
-    return _BlockedAttention.apply(
-        q_TNH, k_TKH, v_TKH, host_segments, softmax_scale, keep_bytes, return_lse
-    )
+    plan = _Plan(_blocks(host_segments, window), softmax_scale, window)
+    return _BlockedAttention.apply(q_TNH, k_TKH, v_TKH, plan, keep_bytes, return_lse)
+
+
+Block = tuple[int, int, int, int, int]  # query rows lo, hi; own keys from; prefix start and end
+
+
+class _Plan(NamedTuple):
+    blocks: list[Block]
+    softmax_scale: float
+    window: int
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -84,22 +100,21 @@ class _BlockedAttention(torch.autograd.Function):
         q_TNH: torch.Tensor,
         k_TKH: torch.Tensor,
         v_TKH: torch.Tensor,
-        host_segments: HostSegments,
-        softmax_scale: float,
+        plan: _Plan,
         keep_bytes: int,
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
-        q, key_TKH, value_TKH = _wide(q_TNH), _wide(k_TKH) * softmax_scale, _wide(v_TKH)
-        mask_RR = _causal_mask(N // K, q)
+        q, key_TKH, value_TKH = _wide(q_TNH), _wide(k_TKH) * plan.softmax_scale, _wide(v_TKH)
+        masks = _masks(N // K, q)
         out_TNH = q_TNH.new_empty(T, N, H)
         lse_TN = q.new_empty(T, N) if return_lse else None
         queries: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
-        for block in _blocks(host_segments):
+        for block in plan.blocks:
             lo, hi = block[:2]
             q_KRH = _fold(q[lo:hi], K)
-            score_KRL = _scores(q_KRH, _keys(key_TKH, block), mask_RR, hi - lo)
+            score_KRL = _scores(q_KRH, _keys(key_TKH, block), masks, hi - lo, plan.window)
             p_KRL = score_KRL.softmax(dim=-1)
             out_KRH = torch.bmm(p_KRL, _keys(value_TKH, block).transpose(0, 1))
             _unfold_into(out_TNH[lo:hi], out_KRH)
@@ -110,50 +125,55 @@ class _BlockedAttention(torch.autograd.Function):
             if keep_bytes >= 0:
                 kept.append(p_KRL)
         ctx.save_for_backward(k_TKH, v_TKH, *queries, *kept)
-        ctx.num_blocks, ctx.dtype = len(queries), q_TNH.dtype
-        ctx.host_segments, ctx.softmax_scale = host_segments, softmax_scale
+        ctx.plan, ctx.dtype = plan, q_TNH.dtype
         if lse_TN is not None:
             ctx.mark_non_differentiable(lse_TN)
         return out_TNH, lse_TN
 
     @staticmethod
     @once_differentiable
+    @ranged("nova_kernels.packed_attention.backward")
     def backward(ctx: Any, dout_TNH: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         k_TKH, v_TKH, *saved = ctx.saved_tensors
-        queries, kept = saved[: ctx.num_blocks], saved[ctx.num_blocks :]
+        plan: _Plan = ctx.plan
+        queries, kept = saved[: len(plan.blocks)], saved[len(plan.blocks) :]
         (T, N, H), K = dout_TNH.shape, k_TKH.shape[1]
-        dout, key_TKH, value_TKH = _wide(dout_TNH), _wide(k_TKH) * ctx.softmax_scale, _wide(v_TKH)
-        mask_RR = _causal_mask(N // K, dout)
+        dout, key_TKH, value_TKH = _wide(dout_TNH), _wide(k_TKH) * plan.softmax_scale, _wide(v_TKH)
+        masks = _masks(N // K, dout)
         dq_TNH = dout_TNH.new_empty(T, N, H, dtype=ctx.dtype)
         dkey_TKH, dvalue_TKH = dout.new_zeros(T, K, H), dout.new_zeros(T, K, H)
-        for number, block in enumerate(_blocks(ctx.host_segments)):
+        for number, block in enumerate(plan.blocks):
             lo, hi = block[:2]
             q_KRH, key_LKH = queries[number], _keys(key_TKH, block)
             if number < len(kept):
                 p_KRL = kept[number]
             else:
-                p_KRL = _scores(q_KRH, key_LKH, mask_RR, hi - lo).softmax(dim=-1)
+                p_KRL = _scores(q_KRH, key_LKH, masks, hi - lo, plan.window).softmax(dim=-1)
             dout_KRH = _fold(dout[lo:hi], K)
             dp_KRL = torch.bmm(dout_KRH, _keys(value_TKH, block).permute(1, 2, 0))
             dscore_KRL = torch.ops.aten._softmax_backward_data(dp_KRL, p_KRL, -1, dp_KRL.dtype)
             _unfold_into(dq_TNH[lo:hi], torch.bmm(dscore_KRL, key_LKH.transpose(0, 1)))
             _add_to_keys(dkey_TKH, block, torch.bmm(dscore_KRL.transpose(1, 2), q_KRH))
             _add_to_keys(dvalue_TKH, block, torch.bmm(p_KRL.transpose(1, 2), dout_KRH))
-        dkey_TKH.mul_(ctx.softmax_scale)
-        return (dq_TNH, dkey_TKH.to(k_TKH.dtype), dvalue_TKH.to(v_TKH.dtype), *[None] * 4)
+        dkey_TKH.mul_(plan.softmax_scale)
+        return (dq_TNH, dkey_TKH.to(k_TKH.dtype), dvalue_TKH.to(v_TKH.dtype), *[None] * 3)
 
 
-Block = tuple[int, int, int, int, int]  # query rows lo, hi; own keys from; prefix start and end
-
-
-def _blocks(host_segments: HostSegments) -> list[Block]:
-    """Each segment's rows in near-equal blocks of at most BLOCK_ROWS, in pack order."""
+def _blocks(host_segments: HostSegments, window: int) -> list[Block]:
+    """Each segment's rows in near-equal blocks of at most BLOCK_ROWS, in pack order, with the keys
+    that the first of a block's rows sees, and those between it and the last."""
     blocks = []
     for start, end, prefix_start, prefix_end in host_segments:
         length = end - start
         parts = -(-length // BLOCK_ROWS)
         cuts = [start + length * part // parts for part in range(parts + 1)] if parts else []
-        blocks += [(lo, hi, start, prefix_start, prefix_end) for lo, hi in pairwise(cuts)]
+        for lo, hi in pairwise(cuts):
+            own, prefix = start, prefix_start
+            if window:  # the prefix ends at the position where the segment starts
+                first = lo - window + 1
+                own = max(start, first)
+                prefix = min(prefix_end, max(prefix_start, first - start + prefix_end))
+            blocks.append((lo, hi, own, prefix, prefix_end))
     return blocks
 
 
@@ -161,25 +181,27 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _causal_mask(group: int, like: torch.Tensor) -> torch.Tensor:
-    """What is added to a block's last columns, its own rows' keys: -inf above the diagonal."""
-    return like.new_full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu(1).repeat_interleave(group, 0)
+def _masks(group: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added to a block's last columns, its own rows' keys: -inf above the diagonal. And to
+    its first ones, keys that the first rows see and the window has left behind for the last."""
+    full = like.new_full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf)
+    return full.triu(1).repeat_interleave(group, 0), full.tril().repeat_interleave(group, 0)
 
 
 def _keys(x_TKH: torch.Tensor, block: Block) -> torch.Tensor:
     """The keys or values (L, K, H) a block sees: its prefix, then its segment up to its end."""
-    _, hi, start, prefix_start, prefix_end = block
-    own = x_TKH[start:hi]
+    _, hi, own_start, prefix_start, prefix_end = block
+    own = x_TKH[own_start:hi]
     return torch.cat((x_TKH[prefix_start:prefix_end], own)) if prefix_end > prefix_start else own
 
 
 def _add_to_keys(dx_TKH: torch.Tensor, block: Block, dx_KLH: torch.Tensor) -> None:
     """The transpose of `_keys`."""
-    _, hi, start, prefix_start, prefix_end = block
+    _, hi, own_start, prefix_start, prefix_end = block
     dx_LKH, prefix = dx_KLH.transpose(0, 1), prefix_end - prefix_start
     if prefix > 0:
         dx_TKH[prefix_start:prefix_end].add_(dx_LKH[:prefix])
-    dx_TKH[start:hi].add_(dx_LKH[prefix:])
+    dx_TKH[own_start:hi].add_(dx_LKH[prefix:])
 
 
 def _fold(x_nNH: torch.Tensor, K: int) -> torch.Tensor:
@@ -195,9 +217,17 @@ def _unfold_into(out_nNH: torch.Tensor, x_KRH: torch.Tensor) -> None:
 
 
 def _scores(
-    q_KRH: torch.Tensor, key_LKH: torch.Tensor, mask_RR: torch.Tensor, rows: int
+    q_KRH: torch.Tensor,
+    key_LKH: torch.Tensor,
+    masks: tuple[torch.Tensor, torch.Tensor],
+    rows: int,
+    window: int,
 ) -> torch.Tensor:
+    causal_RR, passed_RR = masks
     score_KRL = torch.bmm(q_KRH, key_LKH.permute(1, 2, 0))
     # add_, not +=: on a slice += also copies the sum onto itself
-    score_KRL[:, :, -rows:].add_(mask_RR[: q_KRH.shape[1], :rows])
+    score_KRL[:, :, -rows:].add_(causal_RR[: q_KRH.shape[1], :rows])
+    passed = key_LKH.shape[0] - window  # keys that the last row does not see any more
+    if window and passed > 0:  # their positions have no gap: a prefix ends where the segment starts
+        score_KRL[:, :, :passed].add_(passed_RR[-q_KRH.shape[1] :, -passed:])
     return score_KRL

@@ -1,0 +1,373 @@
+"""FP8 without a GPU: names and shapes, gradients of the fused norm, checkpoints between precisions, step 0, resuming, refusals."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fp8_layers import Engine, LayerNormColumn, Row, rounded, use
+
+from nova_sys.config import Fp8Config, ModelConfig, ParallelConfig, RunConfig
+from nova_sys.config_io import check, load_recipe
+from nova_sys.data.batch import Pack
+from nova_sys.model import te
+from nova_sys.model.build import build_model, shards_of, transformer_config
+from nova_sys.model.gpt import PackedGPT
+from nova_sys.parallel import Parallel, parallel_run
+from nova_sys.step import response_logps
+from nova_sys.trainer import Trainer
+
+MODEL = ModelConfig(
+    num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=300
+)
+RICH = {"qk_norm": True, "qkv_bias": True, "kv_shift": True, "tied_embeddings": True}
+RECIPES = ("blockwise", "tensorwise", "delayed")
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    with parallel_run(ParallelConfig(), seed=1) as joined:
+        yield joined
+
+
+@pytest.fixture(autouse=True)
+def layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+
+
+def model_of(
+    parallel: Parallel, fp8: Fp8Config | None, dtype: torch.dtype = torch.float32, **fields: Any
+) -> PackedGPT:
+    model = ModelConfig(**{**MODEL.__dict__, **fields})
+    config = transformer_config(model, parallel, dtype=dtype, fp8=fp8)
+    (gpt,) = build_model(model, config, parallel, vocab_size=300, max_positions=160, seed=5)
+    return gpt
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(3)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with path.open("w") as out:
+        for _ in range(40):
+            words = ["".join(" " + rng.choice("abcdef") for _ in range(n)) for n in (5, 6, 9)]
+            out.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")  # fmt: skip
+    return path
+
+
+def config_of(pairs: Path, run_dir: Path, **overrides: Any) -> RunConfig:
+    settings = {
+        "run.dir": str(run_dir),
+        **{f"model.{key}": getattr(MODEL, key) for key in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")},
+        "data.train": str(pairs),
+        "data.pack_length": 128,
+        "data.workers": 1,
+        "train.precision": "fp8",
+        "train.steps": 3,
+        "train.global_batch_packs": 3,
+        "optimizer.lr": 1e-2,
+        "log.tensorboard": False,
+        "log.progress": False,
+        "checkpoint.asynchronous": False,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }  # fmt: skip
+    recipe = pairs.parent / "empty.toml"
+    recipe.write_text("")
+    config = load_recipe(recipe, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+    check(config, 1)
+    return config
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(parallel: Parallel, config: RunConfig) -> Trainer:
+    trainer = Trainer(config, parallel)
+    trainer.train()
+    return trainer
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    shards = (shard for chunk in trainer.chunks for shard in shards_of(chunk))
+    return {f"{s.key}{s.global_offset}": s.data.clone() for s in shards if s.data is not None}
+
+
+@pytest.mark.parametrize("fields", [{}, RICH], ids=["plain", "rich"])
+def test_both_specs_have_the_same_names_shapes_and_first_weights(
+    parallel: Parallel, fields: dict[str, bool]
+) -> None:
+    def shards(fp8: Fp8Config | None) -> dict[Any, torch.Tensor | None]:
+        found = shards_of(model_of(parallel, fp8, **fields))
+        return {(s.key, s.global_shape, s.global_offset, s.axis_fragmentations): s.data for s in found}  # fmt: skip
+
+    plain, fused = shards(None), shards(Fp8Config())
+    assert plain.keys() == fused.keys()
+    assert any("pre_mlp_layernorm" in key[0] for key in fused)
+    for key, weight in plain.items():
+        assert weight is not None and torch.equal(weight, fused[key]), key  # pyright: ignore[reportArgumentType]
+
+
+def first_packs(parallel: Parallel, pairs: Path, folder: Path) -> list[Pack]:
+    config = config_of(pairs, folder, train__precision="fp32")
+    return Trainer(config, parallel).loader.micro_batches(0)
+
+
+def gradients(gpt: PackedGPT, packs: list[Pack], parallel: Parallel) -> tuple[torch.Tensor, dict[Any, torch.Tensor]]:  # fmt: skip
+    logp_R = torch.cat([gpt(pack.to(parallel.device)) for pack in packs])
+    (logp_R * torch.linspace(-1, 1, len(logp_R))).sum().backward()
+    grads = {}
+    for shard in shards_of(gpt):
+        parameter = next(p for p in gpt.parameters() if p.data_ptr() <= shard.data.data_ptr() < p.data_ptr() + 4 * p.numel())  # fmt: skip  # pyright: ignore
+        rows = (shard.data.data_ptr() - parameter.data_ptr()) // (4 * parameter[0].numel())  # pyright: ignore
+        grads[shard.key, shard.global_offset] = parameter.grad[rows : rows + len(shard.data)]  # pyright: ignore
+    return logp_R.detach(), grads
+
+
+def test_the_fused_norm_has_the_same_gradients(
+    parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    """In layers that stay unrounded, in fp32."""
+    packs = first_packs(parallel, pairs, tmp_path)
+    fields = {key: True for key in ("qk_norm", "qkv_bias", "kv_shift")}
+    plain, fused = model_of(parallel, None, **fields), model_of(parallel, Fp8Config(first_layers_bf16=3), **fields)  # fmt: skip
+    for gpt in (plain, fused):
+        for shard in (s for s in shards_of(gpt) if "norm" in s.key):
+            shard.data.copy_(torch.linspace(0.5, 1.5, shard.data.numel()))  # pyright: ignore[reportOptionalMemberAccess]
+    logp, grads = gradients(plain, packs, parallel)
+    fused_logp, fused_grads = gradients(fused, packs, parallel)
+    assert torch.equal(logp, fused_logp)
+    assert grads.keys() == fused_grads.keys() and len(grads) > 20
+    for key, grad in grads.items():
+        assert torch.allclose(grad, fused_grads[key], rtol=1e-5, atol=1e-7), key
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_the_layers_between_run_in_fp8(
+    recipe: str, parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    packs = first_packs(parallel, pairs, tmp_path)
+    gpt = model_of(parallel, Fp8Config(recipe=recipe), torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    response_logps([gpt], packs, parallel)
+    linear = [m for m in gpt.modules() if isinstance(m, LayerNormColumn | Row)]
+    assert len(linear) == 12
+    in_fp8 = [layer.cached is not None for layer in linear]
+    assert in_fp8 == [recipe == "delayed"] * 4 + [True] * 4 + [recipe == "delayed"] * 4
+    assert gpt.training  # as before the pass
+
+
+@pytest.mark.parametrize("reference", ["cache", "online"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_step_0_is_ln_2(
+    recipe: str, reference: str, parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    """Three micro-batches; policy and reference round alike, so the margin is 0 to the last bit. A second run finds the cache."""
+    for name in ("one", "two") if reference == "cache" else ("one",):
+        config = config_of(pairs, tmp_path / name, fp8__recipe=recipe, algo__reference=reference, data__cache_dir=str(tmp_path / "cache"))  # fmt: skip
+        train(parallel, config)
+        first, *others = metrics(tmp_path / name)
+        assert first["drift"] == 0 and abs(first["loss"] - 0.6931472) < 1e-7
+        assert all(step["drift"] > 0 for step in others)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spoilt"),
+    [("delayed", "settle_scales"), ("blockwise", "in bf16"), ("tensorwise", "in bf16")],
+)
+def test_step_0_is_not_ln_2_when_the_reference_rounds_otherwise(
+    recipe: str, spoilt: str, parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if spoilt == "settle_scales":
+        monkeypatch.setattr("nova_sys.trainer.settle_scales", lambda *_: None)
+    config = config_of(pairs, tmp_path, fp8__recipe=recipe, train__check_first_loss=False)
+    trainer = Trainer(config, parallel)
+    if spoilt == "in bf16":
+        monkeypatch.setattr(Engine, "context", Engine.context)
+        off = transformer_config(MODEL, parallel, dtype=torch.bfloat16)
+        from megatron.core.transformer import transformer_block
+
+        monkeypatch.setattr(transformer_block, "get_fp8_context", lambda *_: Engine.context(off))
+    trainer.train()
+    assert metrics(tmp_path)[0]["drift"] > 1e-3
+
+
+def test_weights_are_rounded_once_a_step(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Once for all micro-batches, and anew in the next step: the losses are those of rounding them every time."""
+    calls: list[int] = []
+    monkeypatch.setattr("fp8_layers.rounded", lambda x, scale: (calls.append(x.dim()), rounded(x, scale))[1])  # fmt: skip
+    curves = []
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr(LayerNormColumn, "is_first_microbatch", property(lambda _: True, lambda *_: None), raising=False)  # fmt: skip
+            monkeypatch.setattr(Row, "is_first_microbatch", property(lambda _: True, lambda *_: None), raising=False)  # fmt: skip
+        trainer = Trainer(config_of(pairs, tmp_path / str(always)), parallel)
+        calls.clear()
+        trainer.train()
+        assert calls.count(2) == (4 * 3 * 3 if always else 4 * 3)  # layers, steps, micro-batches
+        assert calls.count(3) == 4 * 3 * 3
+        curves.append([step["loss"] for step in metrics(tmp_path / str(always))])
+    assert curves[0] == curves[1] and len(set(curves[0])) == 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_is_the_same(
+    recipe: str, parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    """Bit for bit. The scales of delayed scaling are part of the checkpoint, and the reference's are found again."""
+    whole = train(parallel, config_of(pairs, tmp_path / "whole", fp8__recipe=recipe, algo__reference="online"))  # fmt: skip
+    options = {"fp8__recipe": recipe, "algo__reference": "online", "optimizer__min_lr": 1e-2}
+    options["optimizer__lr"] = 1e-2
+    whole = train(parallel, config_of(pairs, tmp_path / "flat", **options))
+    train(parallel, config_of(pairs, tmp_path / "parts", **options, train__steps=2))
+    parts = train(parallel, config_of(pairs, tmp_path / "parts", **options))
+    steps, again = metrics(tmp_path / "flat"), metrics(tmp_path / "parts")
+    assert len(steps) == len(again) == 3
+    assert [s["loss"] for s in steps] == [s["loss"] for s in again]
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(parts)[name]), name
+    for place, kept in te.read_scales(whole.chunks).items():
+        for key, tensors in te.read_scales(parts.chunks)[place].items():
+            assert all(map(torch.equal, kept[key], tensors))
+    assert bool(te.read_scales(whole.chunks)) == (recipe == "delayed")
+
+
+def test_scales_that_were_not_saved_would_change_the_run(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    options = {"fp8__recipe": "delayed", "optimizer__min_lr": 1e-2}
+    train(parallel, config_of(pairs, tmp_path / "flat", **options))
+    train(parallel, config_of(pairs, tmp_path / "parts", **options, train__steps=2))
+    monkeypatch.setattr("nova_sys.checkpoint.load_scales", lambda *_: None)
+    train(parallel, config_of(pairs, tmp_path / "parts", **options))
+    assert metrics(tmp_path / "flat")[2]["loss"] != metrics(tmp_path / "parts")[2]["loss"]
+
+
+def test_checkpoints_pass_between_precisions(
+    parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    """SFT in bf16, DPO in FP8 from it, DPO in bf16 from that: each starts with the weights of the one before."""
+    sft = train(parallel, config_of(pairs, tmp_path / "sft", train__precision="bf16", algo__name="sft"))  # fmt: skip
+    for name, before, settings in [
+        ("fp8", sft, {"fp8__recipe": "delayed"}),
+        ("bf16", None, {"train__precision": "bf16"}),
+    ]:
+        from_dir = tmp_path / ("sft" if before else "fp8")
+        trainer = Trainer(config_of(pairs, tmp_path / name, **settings, model__init_from=str(from_dir)), parallel)  # fmt: skip
+        before = before or last
+        ours = weights_of(trainer)
+        assert ours.keys() == weights_of(before).keys()
+        assert all(torch.equal(weight, ours[key]) for key, weight in weights_of(before).items())
+        trainer.train()
+        assert metrics(tmp_path / name)[0]["drift"] == 0
+        last = trainer
+
+
+def test_another_precision_is_another_run(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
+    train(parallel, config_of(pairs, tmp_path))
+    for settings in ({"train__precision": "bf16"}, {"fp8__recipe": "tensorwise"}, {"fp8__last_layers_bf16": 0}):  # fmt: skip
+        with pytest.raises(ValueError, match="train.precision: fp8 blockwise, the first 1 and last"):
+            Trainer(config_of(pairs, tmp_path, **settings, train__steps=4), parallel)
+
+
+def test_settled_scales_hold(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
+    """Powers of two, with room for what the packs showed, and unchanged by passes over them."""
+    packs = first_packs(parallel, pairs, tmp_path)
+    gpt = model_of(parallel, Fp8Config(recipe="delayed"), torch.bfloat16)
+    assert all(bool((t == 1).all()) for kept in te.read_scales([gpt]).values() for t in (kept["scaling_fwd"][0],))  # fmt: skip
+    te.settle_scales([gpt], lambda: response_logps([gpt], packs, parallel))
+    settled = te.read_scales([gpt])
+    assert len(settled) == 12
+    for pack in packs:
+        gpt(pack.to(parallel.device))  # with gradients: scales are updated
+    for place, kept in te.read_scales([gpt]).items():
+        (scale, history), (before, _) = kept["scaling_fwd"], settled[place]["scaling_fwd"]
+        assert torch.equal(scale, before)
+        amax = te.FP8_MAX / scale[:2]
+        assert torch.equal(torch.exp2(torch.log2(amax).round()), amax)
+        seen = history[-len(packs) :].amax(0)[:2]  # fresh rows are written at the end of the roll
+        assert bool((seen > 0).all()) and bool((seen * 1.1 < amax).all())
+        assert scale[2] == 1  # the output is not rounded, so nothing was seen of it
+
+
+def refusal(pairs: Path, tmp_path: Path, **overrides: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        config_of(pairs, tmp_path, **overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"model__hidden_size": 40, "model__head_dim": 8}, ["model.hidden_size = 40", "multiple of 16", "for example to give 48"]),
+        ({"model__ffn_hidden_size": 56}, ["model.ffn_hidden_size = 56", "multiple of 16"]),
+        ({"data__pack_length": 120}, ["data.pack_length = 120", "multiple of 16", "128"]),
+        ({"model__head_dim": 6}, ["4 query heads of 6, which is 24", "4 + 2 * 2 heads of 6, which is 48" * 0, "32"]),
+        ({"fp8__recipe": "delayed", "fp8__first_layers_bf16": 1}, ["fp8.first_layers_bf16 = 1", 'must be 0 or "auto"', "another fp8.recipe"]),
+        ({"fp8__first_layers_bf16": 2}, ["= 2 + 1", "below model.num_layers = 3", "lower them"]),
+        ({"fp8__last_layers_bf16": -1}, ["fp8.last_layers_bf16 = -1", "0 or more"]),
+        ({"train__precision": "bf16", "fp8__recipe": "delayed"}, ['fp8.recipe = "delayed"', 'train.precision = "bf16"', "leave it out"]),
+    ],
+)  # fmt: skip
+def test_rules(overrides: dict[str, Any], parts: list[str], pairs: Path, tmp_path: Path) -> None:
+    message = refusal(pairs, tmp_path, **overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_rules_of_a_layout(pairs: Path, tmp_path: Path) -> None:
+    def refused(world: int, **overrides: Any) -> str:
+        config = config_of(pairs, tmp_path)
+        recipe = pairs.parent / "layout.toml"
+        recipe.write_text("")
+        from nova_sys.config_io import to_toml
+
+        recipe.write_text(to_toml(config))
+        settings = [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in overrides.items()]
+        with pytest.raises(ValueError) as caught:
+            check(load_recipe(recipe, [*settings, f"train.global_batch_packs={world}"]), world)
+        return str(caught.value)
+
+    split = refused(2, parallel__tensor=2, model__ffn_hidden_size=48)
+    assert "model.ffn_hidden_size = 48 / parallel.tensor = 2, which is 24" in split
+    gathered = refused(2, parallel__tensor=2, parallel__sequence=True, model__ffn_hidden_size=64)
+    assert "data.pack_length = 128 / (parallel.context = 1 * parallel.tensor = 2), which is 64: must be a multiple of 128" in gathered  # fmt: skip
+    assert "model.hidden_size = 32, which is 32: must be a multiple of 128" in gathered
+    stages = refused(3, parallel__pipeline=3, fp8__first_layers_bf16=0, fp8__last_layers_bf16=2)
+    assert "fp8.last_layers_bf16 = 2: must not exceed the 1 layers of a pipeline stage" in stages
+
+
+def test_what_an_fp8_run_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    te.check_precision("bf16", Fp8Config(), cpu)
+    with pytest.raises(ValueError) as caught:
+        te.check_precision("fp8", Fp8Config(), cpu)
+    message = str(caught.value)
+    for part in ("capability 9.0 or more, and this process runs on the CPU", "needs Transformer Engine, which is not installed", "README", '"bf16"'):  # fmt: skip
+        assert part in message
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(te.torch.cuda, "get_device_capability", lambda _: (8, 9))
+    broken = RuntimeError("undefined symbol: cublasLtGroupedMatrixLayoutInit_internal")
+
+    def load(_: str) -> None:
+        raise broken
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(ValueError, match="and this one has 8.9, and needs .* does not load .undefined symbol"):
+        te.check_precision("fp8", Fp8Config(), gpu)
+    monkeypatch.setattr(importlib, "import_module", lambda _: sys)
+    te.check_precision("fp8", Fp8Config(recipe="delayed"), gpu)
+
+
+def test_weight_gradients_are_added_by_what_there_is(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    plain, fused = model_of(parallel, None), model_of(parallel, Fp8Config())
+    assert te.accumulate_in_place([plain]) == "torch, in a pass of its own"
+    assert te.accumulate_in_place([fused]) == "Transformer Engine"
+    assert all(m.fuse_wgrad_accumulation for m in fused.modules() if isinstance(m, LayerNormColumn | Row))  # fmt: skip
+    monkeypatch.setattr(te.mcore_layers, "fused_weight_gradient_mlp_cuda", object(), raising=False)
+    assert te.accumulate_in_place([plain]) == "NVIDIA apex"
+    assert plain.decoder.layers[0].mlp.linear_fc1.gradient_accumulation_fusion
