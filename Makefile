@@ -17,11 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed-$(HARDWARE)
 # The H100 stack's, beside a newer one: tests read what both make of our kernels.
 OLDER_TRITON := 3.6.0
+# Of the machine with the GPU.
+GPU_PYTHON := 3.12
+GPU_WHEELS := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions tomli-w sentencepiece nvidia-ml-py liger-kernel
 BUILT_FROM := setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 LINTED := nova_sys kernels benchmarks tests setup.py
 
-.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl parity gpu-check clean
+.PHONY: help setup demo test lint truth bench bench-data bench-trl peer-trl parity gpu-check gpu-wheels clean
 
 help:
 	@echo 'make demo    align a small model from nothing: data, tokenizer, SFT, DPO, evaluation, into runs/demo'
@@ -32,7 +35,8 @@ help:
 	@echo 'make bench-data   10 million documents tokenised, packed and loaded; needs 7 GB in OUT (runs/bench-data)'
 	@echo 'make bench-trl DATA=PAIRS   a DPO step against TRL, on a CPU; TRL in an environment of its own'
 	@echo 'make parity DATA=PAIRS   the same log-probs, losses and weights as TRL, within bounds, on a CPU; without DATA on tasks of the demo'
-	@echo 'make gpu-check   on a Hopper GPU: GPU tests, microbenchmarks, a training step; from the source tree, with the packages of PYTHON'
+	@echo 'make gpu-check   on a Hopper GPU: GPU tests, microbenchmarks, training steps, in 8 minutes; from the source tree, with the packages of PYTHON'
+	@echo 'make gpu-wheels  into .whl: what a machine with torch and no network lacks for it (docs/gpu.md)'
 	@echo 'make setup   .venv with pinned packages ($(CONSTRAINTS)) and the C++ extension'
 	@echo 'make clean   remove build products (not .venv, not runs)'
 
@@ -41,8 +45,10 @@ setup: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/nova demo --out runs/demo
 
+# One process per core, up to 4: many tests start ranks of their own. A file stays in one process, for its fixtures.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -q --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -q --durations=10 \
+		-n $(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(LINTED)
@@ -67,17 +73,24 @@ bench-trl: $(INSTALLED) peer-trl
 	$(BIN)/python benchmarks/report.py
 
 parity: $(INSTALLED) peer-trl
+	$(BIN)/python -m pytest -q tests/unit/test_chat_families.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity.py $(if $(DATA),--data '$(DATA)') $(ARGS)
 	$(BIN)/python benchmarks/report.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(or $(OUT),runs/gpu-check) $(ARGS)
 
+gpu-wheels: $(BIN)/python
+	$(PIP) download -q -d .whl --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+		$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) -c constraints/h100.txt $(GPU_WHEELS)
+	$(PIP) download -q -d .whl --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+		-c constraints/peer-trl.txt trl datasets dill multiprocess accelerate
+
 peer-trl: $(PEER)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -f kernels/nova_kernels/_C*.so .venv/.installed-*
+	rm -f kernels/nova_kernels/_C*.so kernels/nova_kernels/*.sources .venv/.installed-*
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.10, 3.11 or 3.12 was not found: install one, or say make PYTHON=/path/to/python3.12'; exit 1; }

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def run(
             end_group(process)
     result: dict[str, Any] = {"status": "ok", "seconds": round(time.monotonic() - began_s, 1)}
     if out.exists():
-        result["result"] = json.loads(out.read_text())
+        with suppress(json.JSONDecodeError):  # it was ended while it wrote
+            result["result"] = json.loads(out.read_text())
     if code is None:
         result["status"] = f"stopped after {seconds:.0f} s"
     elif code != 0:
@@ -91,11 +93,17 @@ def run(
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """Ends what is left of the process's group."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver may hold what a kernel has hung
+        process.wait(30)
+
+
+def find_cuda() -> None:
+    """Puts CUDA's programs on PATH, for all parts: where it is installed they often are not."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    if folder.is_dir():
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(folder)])
 
 
 def skipped(part: Part, done: dict[str, Any], seconds: float) -> str:
@@ -122,9 +130,15 @@ def check(
             why = skipped(part, done, seconds)
             done[part.name] = {"status": why} if why else run(part, seconds, folders, done)
             save({"minutes": minutes, "commit": commit(), "parts": done}, folder)
-            took_s = done[part.name].get("seconds", 0.0)
-            say(f"{took_s:6.1f} s of {part.expected_s:3.0f}  {part.name}: {done[part.name]['status']}")  # fmt: skip
+            say(told(part, done[part.name]))
     return done
+
+
+def told(part: Part, result: dict[str, Any]) -> str:
+    """What is printed: how the part ended, and the last line that it said."""
+    first = f"{result.get('seconds', 0.0):6.1f} s of {part.expected_s:3.0f}  {part.name}: {result['status']}"
+    said = [line for line in result.get("log", "").splitlines() if line.strip()]
+    return "\n".join([first, *(f"             {line[:400]}" for line in said[-1:])])
 
 
 def save(record: dict[str, Any], folder: Path) -> None:
@@ -162,6 +176,7 @@ def main() -> int:
         for part in chosen:
             print(f"{part.expected_s:5.0f} s, at most {part.limit_s:3.0f}  {part.name}")
         return 0
+    find_cuda()
     done = check(chosen, arguments.out.resolve(), arguments.minutes, lambda s: print(s, flush=True))
     print(f"wrote {arguments.out / 'gpu_check.json'}")
     good = ("ok", "skipped")

@@ -89,6 +89,14 @@ def measured_ceilings(device: torch.device, *, tiny: bool) -> dict[str, Any]:
     return found
 
 
+def in_words(record: dict[str, Any]) -> str:
+    gpu = record.get("gpu", {})
+    names = {key: gpu.get(key) for key in ("name", "driver_version", "cuda", "clocks.max.sm", "power.limit")}
+    ceilings = gpu.get("ceilings") or record["ceilings"]
+    known = {**names, **record["packages"], **ceilings}
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items() if v)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -106,7 +114,7 @@ def main() -> int:
     else:
         record["gpu"] = gpu()
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    print(in_words(record))
     if arguments.simulate or torch.cuda.get_device_capability(0) == (9, 0):
         return 0
     print("needs a Hopper GPU (compute capability 9.0)", file=sys.stderr)

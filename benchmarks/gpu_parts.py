@@ -72,9 +72,23 @@ def trl(*arguments: str) -> list[str | Path]:
     return [os.environ.get("NOVA_PEER_PYTHON", sys.executable), *command, *arguments]
 
 
+def sanitized(tool: str) -> list[Part]:
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool", tool]
+    return [
+        Part(
+            f"{tool} {op}",
+            60,
+            [*command, *script("gpu_small.py", "--op", op)],
+            ("build",),
+            "compute-sanitizer",
+            expected_s=15,
+        )
+        for op in OPS
+    ]
+
+
 def core() -> list[Part]:
-    built, made = ("build",), ("step bf16",)
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool"]
+    built = ("build",)
     return [
         Part("device", 60, script("gpu_device.py"), expected_s=12),
         Part("build", 200, script("gpu_build.py"), ("device",), expected_s=3),
@@ -89,17 +103,7 @@ def core() -> list[Part]:
         Part("test in triton", 150, tests("triton"), built, expected_s=70),
         Part("test in cuda", 120, tests("cuda"), built, expected_s=35),
         Part("Transformer Engine", 75, script("gpu_te.py"), ("device",), expected_s=30),
-        *(
-            Part(
-                f"memcheck {op}",
-                60,
-                [*sanitizer, "memcheck", *script("gpu_small.py", "--op", op)],
-                built,
-                "compute-sanitizer",
-                expected_s=15,
-            )
-            for op in OPS
-        ),
+        *sanitized("memcheck"),
         *(
             Part(
                 f"time {op}",
@@ -124,15 +128,15 @@ def core() -> list[Part]:
             "step fp8 tensorwise",
             75,
             step("hh", "fp8", "--recipe", "tensorwise", "--variants", "one"),
-            ("Transformer Engine",),
+            built,
             expected_s=30,
         ),
-        Part("step TRL with Liger", 90, trl(), made, expected_s=50),
+        Part("step TRL with Liger", 90, trl(), built, expected_s=50),
         Part(
             "step bf16, long documents",
             75,
             step("long", "bf16", "--variants", "few"),
-            made,
+            built,
             expected_s=35,
         ),
     ]
@@ -140,7 +144,6 @@ def core() -> list[Part]:
 
 def more() -> list[Part]:
     built, te = ("build",), ("Transformer Engine",)
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool"]
     return [
         *(
             Part(f"time {op}, all cases", 240, timing(op, "--seconds", "2"), built, expected_s=s)
@@ -151,7 +154,7 @@ def more() -> list[Part]:
                 f"step fp8 {recipe}",
                 75,
                 step("hh", "fp8", "--recipe", recipe, "--variants", "one"),
-                te,
+                built,
                 expected_s=30,
             )
             for recipe in ("delayed", "blockwise")
@@ -160,7 +163,7 @@ def more() -> list[Part]:
             "step fp8 tensorwise, long documents",
             75,
             step("long", "fp8", "--recipe", "tensorwise", "--variants", "one"),
-            te,
+            built,
             expected_s=30,
         ),
         Part(
@@ -170,19 +173,15 @@ def more() -> list[Part]:
             built,
             expected_s=80,
         ),
-        *(
-            Part(
-                f"{tool} {op}",
-                60,
-                [*sanitizer, tool, *script("gpu_small.py", "--op", op)],
-                built,
-                "compute-sanitizer",
-                expected_s=15,
-            )
-            for tool in ("racecheck", "synccheck")
-            for op in OPS
+        *sanitized("racecheck"),
+        *sanitized("synccheck"),
+        Part(
+            "FP8 accuracy gate",
+            420,
+            script("fp8_gate.py", "--plot", "{folder}/fp8_gate.png"),
+            te,
+            expected_s=300,
         ),
-        Part("FP8 accuracy gate", 420, script("fp8_gate.py"), te, expected_s=300),
     ]
 
 
@@ -202,4 +201,4 @@ def simulated() -> list[Part]:
         "step TRL with Liger": trl("--batches", "4", "--steps", "2"),
         "step bf16, long documents": step("long", "bf16", *tiny_step),
     }
-    return [Part(name, 120, command) for name, command in commands.items()]
+    return [Part(name, 900, command) for name, command in commands.items()]  # busy or not

@@ -53,6 +53,8 @@ KERNELS = {  # part of a kernel's name -> category; the first match counts
     "embedding": "elementwise and reductions",
 }
 REST = "other"
+SPANS = ("nova", "ProfilerStep", "Optimizer.", "autograd::")
+"""How names begin that the profiler repeats on the GPU's timeline for a range: a span of kernels, and none itself."""
 
 
 def category_of_kernel(name: str) -> str:
@@ -78,6 +80,7 @@ def kernels_of(events: Iterable[Any]) -> list[tuple[str, str, float]]:
         if getattr(event, "kernels", ())
         for within in (category_of_range(event),)
         for kernel in event.kernels
+        if not kernel.name.startswith(SPANS)
     ]
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # a sanitizer sees allocations alone
@@ -25,57 +25,43 @@ from nova_kernels.testing import segment_table
 
 DOCUMENTS = [(1, [1, 1]), (127, [3, 64]), (0, [129]), (30, [1, 2, 65]), (5, [1])]
 PADDING = 13
-Call = Callable[[str], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
 
 
-def shift_rope(device: torch.device) -> Iterator[Call]:
+def shift_rope(device: torch.device, backend: str) -> Iterator[Tensors]:
     segments, T = pack()
     for H in (64, 128):
         q, k, v = (leaf(device, T, X, H, seed=i) for i, X in enumerate((8, 2, 2)))
         mixes = [leaf(device, 2, 2, seed=3 + i) for i in range(2)]
-        tables = [table.to(device) for table in rope_tables(T, H)]
+        given = (q, k, v, segments.to(device), *mixes, *(t.to(device) for t in rope_tables(T, H)))
         schedule = segment_index(segments, T).to(device)
-
-        def call(backend: str) -> tuple[Tensor, ...]:
-            given = (q, k, v, segments.to(device), *mixes, *tables)
-            return gradients(
-                kv_shift_rope(*given, schedule=schedule, backend=backend), [q, k, v, *mixes]
-            )
-
-        yield call
+        outputs = kv_shift_rope(*given, schedule=schedule, backend=backend)
+        yield with_gradients(outputs, [q, k, v, *mixes])
 
 
-def attention(device: torch.device) -> Iterator[Call]:
+def attention(device: torch.device, backend: str) -> Iterator[Tensors]:
     segments, T = pack()
+    schedule = segment_index(segments, T).to(device)
     for H, N, K in ((64, 8, 2), (128, 8, 2), (128, 2, 2)):
-        q, k, v = (leaf(device, T, X, H, seed=i) for i, X in enumerate((N, K, K)))
-        schedule = segment_index(segments, T).to(device)
-
-        def call(backend: str) -> tuple[Tensor, ...]:
-            given = (q, k, v, segments.to(device))
-            return gradients(
-                [packed_attention(*given, schedule=schedule, backend=backend)], [q, k, v]
-            )
-
-        yield call
+        qkv = [leaf(device, T, X, H, seed=i) for i, X in enumerate((N, K, K))]
+        given = (*qkv, segments.to(device))
+        yield with_gradients(
+            [packed_attention(*given, schedule=schedule, backend=backend)],
+            qkv,
+        )
 
 
-def dpo(device: torch.device) -> Iterator[Call]:
+def dpo(device: torch.device, backend: str) -> Iterator[Tensors]:
     T, R, D = 150, 66, 128
-    for V in (1000, 1027):
-        hidden = leaf(device, T, D, seed=0)
-        weight = leaf(device, V, D, seed=1)
-        row_R = torch.arange(R, device=device) * 2
-        target_R = torch.arange(R, device=device) * 15 % V
-        sequence_R = torch.arange(R, device=device) * 4 // R
-        given = (hidden, weight, row_R, target_R, sequence_R, torch.zeros(4, device=device))
-        for plan in ("recompute", "store"):
-
-            def call(backend: str) -> tuple[Tensor, ...]:
-                result = linear_dpo_loss(*given, beta=0.1, plan=plan, backend=backend)
-                return gradients([result.loss_sum], [hidden, weight])
-
-            yield call
+    for V, plan in ((1000, "recompute"), (1000, "store"), (1027, "recompute"), (1027, "store")):
+        hidden, weight = leaf(device, T, D, seed=0), leaf(device, V, D, seed=1)
+        number_R = torch.arange(R, device=device)
+        rows = (number_R * 2, number_R * 15 % V, number_R * 4 // R)
+        ref_logp_S = torch.zeros(4, device=device)
+        result = linear_dpo_loss(
+            hidden, weight, *rows, ref_logp_S, beta=0.1, plan=plan, backend=backend
+        )
+        yield with_gradients([result.loss_sum], [hidden, weight])
 
 
 def pack() -> tuple[Tensor, int]:
@@ -83,7 +69,7 @@ def pack() -> tuple[Tensor, int]:
     return segment_table(DOCUMENTS, PADDING), T
 
 
-def gradients(outputs: tuple[Tensor, ...] | list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def with_gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensors:
     ones = [torch.ones_like(output) for output in outputs]
     return (*outputs, *torch.autograd.grad(outputs, inputs, ones))
 
@@ -101,7 +87,7 @@ def main() -> int:
     kinds = ("triton", "cuda") if device.type == "cuda" else ("reference",)
     finite: dict[str, bool] = {}
     for kind in runnable(kinds, device, False):
-        results = [t for call in CALLS[arguments.op](device) for t in call(kind)]
+        results = [t for tensors in CALLS[arguments.op](device, kind) for t in tensors]
         finite[kind] = all(bool(t.isfinite().all()) for t in results)
     arguments.out.write_text(json.dumps({"finite": finite}) + "\n")
     print(json.dumps(finite))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +45,7 @@ from nova_sys.model.output_layer import LogprobOutputLayer
 from nova_sys.parallel import parallel_run
 from nova_sys.trainer import Trainer
 
-OPS = ("packed_attention", "linear_logprob", "kv_shift_rope")
+OPS: tuple[str, ...] = ("packed_attention", "linear_logprob", "kv_shift_rope")
 PEAK_BF16_TFLOPS = 989.0
 """Dense, of an H100 SXM or H200."""
 WARM_UP_STEPS = 2
@@ -124,7 +125,7 @@ class Steps:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.done = trainer, 0
         self.records: list[dict[str, Any]] = []
-        trainer.telemetry.step = lambda record, *_: self.records.append(dict(record))
+        trainer.telemetry.step = lambda record, histograms=None: self.records.append(dict(record))
 
     def run(self, count: int, seconds: float = 0.0) -> list[dict[str, Any]]:
         """At least `count` steps, and more until the seconds are over."""
@@ -185,6 +186,10 @@ def shares_of_peak(rows: list[dict[str, Any]], gemm_tflops: float, device: torch
             row["pairs_per_s_of_the_first"] = row["pairs_per_s"] / rows[0]["pairs_per_s"]
 
 
+def product_tflops(ceilings: dict[str, float]) -> float:
+    return next(rate for name, rate in ceilings.items() if name.endswith("_tflops"))
+
+
 def chosen_settings(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Of the recipe; with how the number of layers was found."""
     settings = dict(TINY if arguments.tiny else LLAMA_8B_LAYERS)
@@ -195,7 +200,9 @@ def chosen_settings(arguments: argparse.Namespace, device: torch.device) -> dict
     if arguments.layers:
         settings["model.num_layers"] = arguments.layers
     settings |= {"model.kv_shift": True, "train.kernels": arguments.base}  # variants change both
-    settings |= {"train.check_first_loss": False}  # the losses are in the record, and no number is lost
+    settings |= {
+        "train.check_first_loss": False
+    }  # the losses are in the record, and no number is lost
     if arguments.precision == "fp8":
         settings |= {"train.precision": "fp8", "fp8.recipe": arguments.recipe}
     return {"settings": settings, "layers": found}
@@ -214,7 +221,7 @@ def measure_all(
         except Exception as error:  # one op's fault must not cost the others' numbers
             row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         record["results"].append(row)
-        shares_of_peak(record["results"], record["ceilings"]["bf16_tflops"], device)
+        shares_of_peak(record["results"], product_tflops(record["ceilings"]), device)
         for path in filter(None, (arguments.out, arguments.copy)):
             save(record, path)
         print(row["name"], row.get("error") or f"{row['pairs_per_s']:.1f} pairs/s", flush=True)
@@ -245,10 +252,15 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    if arguments.precision == "fp8" and find_spec("transformer_engine") is None:
+        save(
+            {"skipped": "Transformer Engine is not installed; docs/gpu.md says how"}, arguments.out
+        )
+        return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"data": arguments.data, "precision": arguments.precision}
     record |= chosen_settings(arguments, device)
-    record["ceilings"] = ceilings(device, tiny=arguments.tiny or device.type == "cpu")
+    record["ceilings"] = ceilings(device, tiny=arguments.tiny)
     record["results"] = []
     lengths = (TINY_DATA if arguments.tiny else DATA)[arguments.data]
     with ExitStack() as stack:

@@ -87,7 +87,7 @@ def our_losses(precision: str, fp8_recipe: str | None, device: torch.device) -> 
         ):
             trainer = Trainer(config, parallel)
             records: list[dict[str, Any]] = []
-            trainer.telemetry.step = lambda record, *_: records.append(dict(record))
+            trainer.telemetry.step = lambda record, histograms=None: records.append(dict(record))
             trainer.loader.start(0)
             try:
                 for step in range(STEPS):

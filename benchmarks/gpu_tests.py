@@ -56,7 +56,7 @@ def run_share(tests: list[str], notes: Path, limit_s: float) -> dict[str, dict[s
         command = pytest("-p", "gpu_test_limit", *left)
         done = subprocess.run(command, capture_output=True, text=True, env=environment(**more))
         read_notes(notes, results)
-        for test, result in results.items():
+        for result in results.values():
             if result["outcome"] == "started":
                 result |= {"outcome": f"died, exit code {done.returncode}"}
                 result["text"] = (done.stderr or done.stdout)[:2000]  # the last call comes first
@@ -118,9 +118,9 @@ def main() -> int:
             results |= future.result()
             arguments.out.write_text(json.dumps(summary(results), indent=1) + "\n")
     told = summary(results)
-    print(json.dumps({key: told[key] for key in ("counts", "green")}))
     for test, result in list(told["not_good"].items())[:8]:
         print(f"{result['outcome']}: {test}\n{(result['text'] or '')[-600:]}")
+    print(json.dumps({key: told[key] for key in ("counts", "green")}))
     return int(bool(told["not_good"]))
 
 

@@ -1,5 +1,5 @@
-"""Renders benchmarks/results/*.json into README.md and docs/trust.md, between their `results` marks. `--check` only says whether
-these are up to date."""
+"""Renders benchmarks/results/*.json into README.md, docs/trust.md and the ops' READMEs, between their `results` marks, and into pictures (plots.py).
+`--check` only says whether these are up to date."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import plots
+from plots import machine
+from report_gpu import gpu_check, gpu_step
+from report_kernels import kernel_table, linear_dpo
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: rendered by benchmarks/report.py -->", "<!-- /results -->"
-
-
-def machine(record: dict[str, Any]) -> str:
-    return f"{record['cpu']}, {record['cores']} cores"
 
 
 def demo(record: dict[str, Any]) -> str:
@@ -223,64 +223,6 @@ def one_truth(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-FLOOR = "three products alone"
-PHASES = {"forward": "forward", "forward_backward": "forward and backward"}
-
-
-def kernel_table(record: dict[str, Any]) -> str:
-    """One table per case: time, times the fastest peer's, rate, memory."""
-    versions = record["versions"]
-    device = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "liger-kernel") if versions.get(name))  # fmt: skip
-    lines = [f"On an {device} ({named}), medians of calls in turns, by `{record['command']}`:"]
-    for case, rows in groupby(record["results"], key=lambda row: row["case"]):
-        lines += ["", f"**{case}**", "", *kernel_case(list(rows), record)]
-    return "\n".join(lines)
-
-
-def kernel_case(rows: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
-    phases = [phase for phase in PHASES if any(phase in row for row in rows)]
-    gpu = "gpu" in record
-    heads = ["provider"]
-    for phase in phases:
-        heads += [f"{PHASES[phase]}, ms", "TFLOP/s" if gpu else "GFLOP/s"]
-    heads += ["times the floor"] if any(row["provider"] == FLOOR for row in rows) else []
-    heads += ["memory, MiB"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    floor = next((row for row in rows if row["provider"] == FLOOR), None)
-    for row in rows:
-        cells = [row["provider"]]
-        for phase in phases:
-            timed = row.get(phase)
-            rate = timed and (timed["tflops"] if gpu else 1e3 * timed["tflops"])
-            cells += [f"{timed['ms']:.2f}", f"{rate:.0f}"] if timed else ["", ""]
-        if floor is not None:
-            timed, least = row.get(phases[-1]), floor[phases[-1]]["ms"]
-            cells.append(f"{timed['ms'] / least:.2f}" if timed else "")
-        peak = row.get("peak_mib")
-        cells.append(row.get("error", "" if peak is None else f"{peak:.0f}"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def linear_dpo(record: dict[str, Any]) -> str:
-    """One paragraph; the table stands in the op's README."""
-    faster, leaner, over_floor = [], [], []
-    for _, rows in groupby(record["results"], key=lambda row: row["case"]):
-        by_name = {row["provider"]: row for row in rows}
-        ours = by_name["reference, store"]
-        peers = [row for name, row in by_name.items() if name.startswith("Liger's DPO")]
-        ms = {id(row): row["forward_backward"]["ms"] for row in (*peers, ours, by_name[FLOOR])}
-        faster.append(min(ms[id(peer)] for peer in peers) / ms[id(ours)])
-        leaner.append(min(peer["peak_mib"] for peer in peers) / ours["peak_mib"])
-        over_floor.append(ms[id(ours)] / ms[id(by_name[FLOOR])])
-    return (
-        f"**The preference loss from hidden states** (`linear_dpo_loss`, {machine(record)}): {min(faster):.0f} to {max(faster):.0f} times as fast as Liger's fused DPO "
-        f"loss on pairs of hh-rlhf's lengths, with {min(leaner):.1f} to {max(leaner):.1f} times less memory, and {min(over_floor):.2f} to {max(over_floor):.2f} times the "
-        "time of the three matrix products that it cannot do without ([table](kernels/nova_kernels/linear_dpo_loss/README.md))."
-    )
-
-
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 SECTIONS: Sections = {
     "demo_cpu": demo,
@@ -291,6 +233,20 @@ SECTIONS: Sections = {
     "packing_cpu": packing,
     "data_cpu": data,
 }
+PICTURES = {  # behind the section of a result -> the picture
+    "step_cpu": "step_cpu.png",
+    "linear_dpo_cpu": "peers_cpu.png",
+}
+MISSING = {  # name of a result -> what it would show
+    "gpu_step_h100": "**A DPO step at Llama 3 8B's layer shapes on an H100**, and the same in TRL with Liger",
+    "gpu_check_h100": "**`make gpu-check` on an H100**: what passed, and the ceilings",
+}
+GPUS = [g for g in ("h100", "h200", "gpu") if (RESULTS / f"gpu_check_{g}.json").exists()] or [
+    "h100"
+]
+for gpu in GPUS:
+    SECTIONS |= {f"gpu_step_{gpu}": gpu_step, f"gpu_check_{gpu}": gpu_check}
+    PICTURES |= {f"gpu_step_{gpu}": f"step_{gpu}.png", f"gpu_check_{gpu}": f"peers_{gpu}.png"}
 
 
 TRUST_SECTIONS: Sections = {"one_truth_cpu": one_truth}
@@ -309,18 +265,21 @@ DOCUMENTS = {
     "docs/trust.md": TRUST_SECTIONS,
     f"{OPS_FOLDER}/linear_dpo_loss/README.md": kernel_sections("linear_dpo"),
     f"{OPS_FOLDER}/packed_attention/README.md": kernel_sections("packed_attention"),
+    f"{OPS_FOLDER}/kv_shift_rope/README.md": kernel_sections("kv_shift_rope"),
 }
 
 
 def render(sections: Sections) -> str:
-    parts = []
+    parts, drawn = [], plots.all_plots(RESULTS)
     for name, section in sections.items():
         path = RESULTS / f"{name}.json"
-        parts.append(
-            section(json.loads(path.read_text()))
-            if path.exists()
-            else f"*{name}: not measured yet.*"
-        )
+        if not path.exists():
+            how = " (`make gpu-check`)" if name.endswith(("h100", "h200")) else ""
+            parts.append(f"{MISSING.get(name, f'*{name}*')}: not measured yet{how}.")
+            continue
+        parts.append(section(json.loads(path.read_text())))
+        if sections is SECTIONS and (picture := PICTURES.get(name)) in drawn:
+            parts.append(f"![{drawn[picture].alt}](docs/images/{picture})")
     return "\n\n".join(parts)
 
 
@@ -332,6 +291,11 @@ def main() -> int:
         if check:  # a promise is nothing without its measurement
             print(f"docs/trust.md shows {missing}, which has not been measured", file=sys.stderr)
             stale = True
+    if not check:
+        plots.draw_all(RESULTS)
+    for name in plots.stale(RESULTS):
+        print(f"docs/images/{name} does not show benchmarks/results: run python benchmarks/report.py", file=sys.stderr)  # fmt: skip
+        stale = True
     for name, sections in DOCUMENTS.items():
         text = (ROOT / name).read_text()
         before, rest = text.split(BEGIN)

@@ -142,7 +142,7 @@ def run_op(name: str, arguments: argparse.Namespace) -> int:
         record["results"] = measure(op, arguments.repeats)
         Console().print(table_of(f"{name}, {op.unit}/s", record["results"]))
     else:
-        record["ceilings"] = ceilings(device, tiny=arguments.tiny or device.type == "cpu")
+        record["ceilings"] = ceilings(device, tiny=arguments.tiny)
         record["results"] = []
         for case in cases_of(op, device, arguments):
             record["results"] += measure_case(case, device, arguments.seconds)

@@ -185,16 +185,20 @@ def _difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def ceilings(device: torch.device, *, tiny: bool) -> dict[str, float]:
-    """What this device does at most: a copy's bytes read and written, and a square product in bf16, on random data.
-    tiny: nothing large, for a sanitizer or a CPU; then these are no ceilings."""
-    source = torch.empty(1 << 22 if tiny else 1 << 30, dtype=torch.int8, device=device)
-    target, size = torch.empty_like(source), 256 if tiny else 8192
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    times = time_in_turns(
-        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 2.0
-    )
+    """What this device does at most: a copy's bytes read and written, and a square product (bf16 on a GPU, fp32 on a CPU), on random data.
+    tiny: nothing large, to test the code or for a sanitizer; then these are no ceilings, and are named so."""
+    on_gpu = device.type == "cuda"
+    copied, size = (1 << 30, 8192) if on_gpu else (1 << 28, 2048)
+    copied, size = (1 << 22, 256) if tiny else (copied, size)
+    dtype, name = (torch.bfloat16, "bf16") if on_gpu else (torch.float32, "fp32")
+    source = torch.empty(copied, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    times = time_in_turns(calls, device, 2.0 if not tiny else 0.0)
     copy_ms, product_ms = (statistics.median(times[name]) for name in ("copy", "product"))
+    of = "tiny_" if tiny else ""
     return {
-        "copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6,
-        "bf16_tflops": 2 * size**3 / product_ms / 1e9,
+        f"{of}copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6,
+        f"{of}{name}_tflops": 2 * size**3 / product_ms / 1e9,
     }

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from nova_sys.checkpoint_files import (
@@ -351,6 +352,7 @@ class Checkpointer:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=RESHARDABLE
         )
+        force_all_tensors_to_non_fp8(state)  # the optimizer has found its weights by identity
         state["scales"] = scale_shards(chunks)
         own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
         random = {**_rng_tracker().get_states(), **own}  # parallel.py has seeded them

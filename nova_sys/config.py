@@ -149,8 +149,9 @@ class AlgoConfig:
     the rewards (simpo) or weighs the odds-ratio term (orpo)."""
     beta: float = 0.1
     """Strength of the pull towards the reference, 1/nats."""
-    reference: Literal["cache", "online"] = "cache"
-    """cache: reference log-probs computed once, kept on disk. online: a frozen copy of the initial weights stays in memory."""
+    reference: Literal["cache", "online", "host"] = "cache"
+    """cache: reference log-probs computed once, kept on disk. online: a frozen copy of the initial weights stays in the GPU's memory. host:
+    in the host's memory; every step its weights visit the GPU, one module's at a time."""
     label_smoothing: float = 0.0
     """conservative and robust: the share of pairs whose labels are swapped, above 0 and below 0.5."""
     target_margin: float = 0.0
@@ -176,7 +177,8 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """selective: attention only. full: blocks of `recompute_layers` layers keep only their input."""
     recompute_layers: int | Literal["auto"] = "auto"
-    """Layers per recomputed block. auto: round(sqrt(layers)), the Baichuan alignment report's optimum."""
+    """Layers per recomputed block; must divide those of a pipeline stage (of a chunk of it). auto: the divisor next to sqrt(layers), the
+    Baichuan alignment report's optimum."""
     kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """Implementation of the ops of nova_kernels; auto: for each op the fastest that has been proven here."""
     non_finite: Literal["stop", "skip"] = "stop"
@@ -199,6 +201,9 @@ class Fp8Config:
     first_layers_bf16: int | Literal["auto"] = "auto"
     """The first so many layers stay in bf16. auto: 1, with delayed 0, which cannot have any."""
     last_layers_bf16: int | Literal["auto"] = "auto"
+    param_gather: bool = False
+    """Keep these layers' weights in FP8 only, also in checkpoints, and gather them as such after a step: half of bf16's memory and traffic.
+    What trains are the optimizer's fp32 weights. Needs parallel.distributed_optimizer."""
 
     @property
     def edge_layers(self) -> tuple[int, int]:

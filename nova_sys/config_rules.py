@@ -16,6 +16,7 @@ from nova_sys.config import (
     RunConfig,
 )
 from nova_sys.fp8_rules import fp8_problems
+from nova_sys.memory import layers_per_chunk
 from nova_sys.model_rules import divisors, heads_of_all_layers, model_problems
 
 LOSSES_WITH = {  # options of [algo] that only these values of algo.loss read
@@ -191,9 +192,9 @@ def _algo_problems(algo: AlgoConfig) -> list[str]:
                 f"algo.{key} = {json.dumps(getattr(algo, key))}: has no effect on algo.loss = "
                 f'"{algo.loss}"; leave it out, or use one of {", ".join(losses)}'
             )
-    if algo.reference == "online" and algo.loss in REFERENCE_FREE_LOSSES:
+    if algo.reference != "cache" and algo.loss in REFERENCE_FREE_LOSSES:
         problems.append(
-            f'algo.reference = "online": algo.loss = "{algo.loss}" reads no reference; '
+            f'algo.reference = "{algo.reference}": algo.loss = "{algo.loss}" reads no reference; '
             "leave algo.reference out, or use another algo.loss"
         )
     return problems
@@ -239,6 +240,7 @@ def _schedule_problems(config: RunConfig) -> list[str]:
             f"optimizer.min_lr = {optimizer.min_lr}: must not exceed optimizer.lr = "
             f"{optimizer.lr}, from which the rate decays; lower it"
         )
+    layers = layers_per_chunk(config)
     if train.recompute_layers != "auto" and train.recompute_layers < 1:
         problems.append(
             f'train.recompute_layers = {train.recompute_layers}: must be "auto" or 1 and more; '
@@ -248,6 +250,11 @@ def _schedule_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.recompute_layers = {train.recompute_layers}: has no effect with "
             f'train.recompute = "{train.recompute}"; set that to "full", or leave this out'
+        )
+    elif train.recompute_layers != "auto" and layers % min(train.recompute_layers, layers or 1):
+        problems.append(
+            f"train.recompute_layers = {train.recompute_layers}: must divide the {layers} layers that a pipeline stage has in one "
+            f'piece; choose one of {divisors(layers)}, or "auto"'
         )
     profile = config.log.profile_steps
     if profile and not 1 <= profile[0] <= profile[1]:

@@ -24,7 +24,37 @@ def fp8_problems(config: RunConfig) -> list[str]:
             for key, value in asdict(config.fp8).items()
             if value != default[key]
         ]
-    return _edge_problems(config) or _shape_problems(config)
+    return _edge_problems(config) or [
+        *_host_problems(config),
+        *_gather_problems(config),
+        *_shape_problems(config),
+    ]
+
+
+def _host_problems(config: RunConfig) -> list[str]:
+    if config.algo.reference != "host":
+        return []
+    return [
+        'algo.reference = "host": Transformer Engine keeps the rounded weights of every model on the GPU, which this reference is there to avoid; '
+        'use "cache" with train.precision = "fp8"'
+    ]
+
+
+def _gather_problems(config: RunConfig) -> list[str]:
+    if not config.fp8.param_gather:
+        return []
+    problems = []
+    if not config.parallel.distributed_optimizer:
+        problems.append(
+            "fp8.param_gather = true: needs parallel.distributed_optimizer = true, whose fp32 weights are then the only exact ones; set that, or "
+            "leave fp8.param_gather out"
+        )
+    if config.fp8.recipe == "delayed":
+        problems.append(
+            'fp8.param_gather = true: does not work with fp8.recipe = "delayed", which would round the first weights with a scale of 1; use '
+            "another fp8.recipe, or leave fp8.param_gather out"
+        )
+    return problems
 
 
 def _edge_problems(config: RunConfig) -> list[str]:

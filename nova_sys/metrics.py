@@ -17,8 +17,15 @@ from nova_sys.flops import training_flops
 from nova_sys.nvml import MAXIMA, GpuMonitor, gpu_uuid
 from nova_sys.parallel import Parallel
 
-# Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity).
-PEAK_BF16_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+# Dense bf16 peak per device, TFLOP/s, from NVIDIA's data sheets (without sparsity). Whole names: PCIe and NVL variants, and slices by MIG,
+# have other peaks.
+PEAK_BF16_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA H800": 989.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+}
 GPU_MEANS = ("power_w", "utilization_percent", "sm_clock_mhz", "memory_clock_mhz", "draw_w")
 """What a rank knows of its GPU, to be averaged over the job."""
 KV_SHIFT_TAGS = {
@@ -39,10 +46,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is a share of: the data sheet's dense bf16 peak of a known GPU, else a square GEMM measured here in the run's
     dtype, with the threads that this rank has."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_BF16_TFLOPS.items():
-            if known in name:
-                return 1e12 * tflops
+        tflops = PEAK_BF16_TFLOPS.get(torch.cuda.get_device_name(device))
+        if tflops is not None:
+            return 1e12 * tflops
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best_s = math.inf
@@ -85,7 +91,9 @@ class StepClock:
         local += [gpu.get(name, 0.0) for name in GPU_MEANS]
         local += [float(name in gpu) for name in GPU_MEANS]
         sums = torch.tensor(local, dtype=torch.float64, device=parallel.device)
-        dist.all_reduce(sums)  # now of all ranks, so of all GPUs, and `copies` times the global batch's
+        dist.all_reduce(
+            sums
+        )  # now of all ranks, so of all GPUs, and `copies` times the global batch's
         values = sums.tolist()
         copies = parallel.world_size // parallel.data_size
         tokens, slots, documents, flops = (value / copies for value in values[:4])

@@ -109,7 +109,7 @@ class GpuMonitor:
             return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{self._uuid}")
 
     def _add(self, nvml: Any, gpu: Any) -> bool:
-        """Adds a sample of all that answers; False, and no samples, when nothing does: the GPU is lost."""
+        """Adds a sample of all that answers; False when nothing does: the GPU is lost."""
         values: dict[str, float] = {}
         refused: dict[str, Exception] = {}
         for name, query in QUERIES.items():
@@ -119,7 +119,7 @@ class GpuMonitor:
                 refused[name] = error
         first = not self._samples
         with self._lock:
-            self._samples = [*self._samples, Sample(time.monotonic(), values)] if values else []
+            self._samples.append(Sample(time.monotonic(), values))
         if not values:
             logger.warning("no gpu/ metrics from now on: %s", next(iter(refused.values())))
         elif first and refused:

@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as McoreOpt
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 
 from nova_sys.config import OptimizerConfig
 from nova_sys.model.te import BY_ITSELF, accumulate_in_place
@@ -39,9 +40,12 @@ def wrap_for_training(
     distributed_optimizer: bool,
 ) -> list[DistributedDataParallel]:
     """Gives every chunk its gradient buffers (fp32) and its reduction over the data-parallel ranks."""
+    overlap = parallel.data_size * parallel.context_size > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
+        fp8_param_gather=config.fp8_param,
+        overlap_grad_reduce=overlap,
         average_in_collective=False,  # sums here, one division by the global count in finalize_model_grads
         check_for_nan_in_grad=False,  # step.py looks once, on all ranks together, and says where
     )
@@ -57,6 +61,9 @@ def wrap_for_training(
         )
         for index, chunk in enumerate(chunks)
     ]
+    if overlap:  # the backward pass of the last micro-batch sends every bucket of gradients as soon as it is whole
+        no_syncs: list[Any] = [chunk.no_sync for chunk in ddp]
+        config.no_sync_func = no_syncs if len(ddp) > 1 else no_syncs[0]
     accumulates = accumulate_in_place(ddp) if parallel.device.type == "cuda" else BY_ITSELF
     logger.info("%s", _describe_backends(config, accumulates))
     return ddp
@@ -80,6 +87,7 @@ def build_optimizer(
     distributed: bool,
 ) -> Any:
     """AdamW over fp32 master weights. Norms, biases and the KV-shift scalars are not decayed."""
+    model = get_model_config(chunks[0])
     options = McoreOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -91,6 +99,7 @@ def build_optimizer(
         clip_grad=config.grad_clip,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
         use_distributed_optimizer=distributed,
         timers=MegatronRanges(),
     )

@@ -8,7 +8,8 @@ from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.hf.config_json import is_hf_folder
 from nova_sys.hf.folder import HFFolder
-from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size, recompute_block
+from nova_sys.memory import fullest_rank, recompute_block
+from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size
 from nova_sys.start import starting_tokenizer
 
 
@@ -47,7 +48,8 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         "global batch": f"{train.global_batch_packs} packs = {train.global_batch_packs // data_size} micro-batches on each of {data_size} replicas",
         "steps": f"{steps:,} ({steps * train.global_batch_packs / loader.packs_per_epoch:.2f} epochs)",
         "recomputation": train.recompute
-        + (f" in blocks of {recompute_block(model.num_layers, train.recompute_layers)} layers" if train.recompute == "full" else ""),
+        + (f" in blocks of {recompute_block(config)} layers" if train.recompute == "full" else ""),
+        "memory": f"{fullest_rank(config, vocab_size, world_size)} on a GPU of the fullest stage (docs/memory.md)",
     }  # fmt: skip
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -23,6 +23,7 @@ from nova_sys.config import RunConfig
 from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
 from nova_sys.model.te import read_scales, write_scales
+from nova_sys.host_weights import move_to_host
 from nova_sys.parallel import Parallel, from_main
 from nova_sys.step import response_logps
 
@@ -155,8 +156,10 @@ def _write_logps(path: Path, logp: np.ndarray) -> None:
 class OnlineReference:
     """A frozen copy of the initial weights that scores each global batch just before the policy trains on it."""
 
-    def __init__(self, chunks: Sequence[Any], parallel: Parallel) -> None:
+    def __init__(self, chunks: Sequence[Any], parallel: Parallel, *, on_host: bool = False) -> None:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
+        if on_host:
+            move_to_host(self.chunks, parallel.device)
         self.parallel = parallel
         self.scales = read_scales(self.chunks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -156,13 +157,16 @@ def packs_with_faulty_gradient(
     """
     config = get_model_config(chunks[0])
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    no_sync, config.no_sync_func = config.no_sync_func, None
     copies = parallel.pipeline_size if len(chunks) > 1 else 1  # what an interleaved schedule needs
     faulty = []
     try:
         for index, pack in enumerate(packs):
             for chunk in chunks:
                 chunk.zero_grad_buffer()
-            with parallel.watchdog.phase("faulty step, pack by pack"):
+            with parallel.watchdog.phase("faulty step, pack by pack"), ExitStack() as stack:
+                for chunk in chunks:
+                    stack.enter_context(chunk.no_sync())
                 run_schedule(
                     chunks,
                     [pack] * copies,
@@ -174,7 +178,7 @@ def packs_with_faulty_gradient(
             if not square.item() <= MAX_GRADIENT_SQUARE:
                 faulty.append(index)
     finally:
-        config.finalize_model_grads_func = finalize
+        config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
     return faulty
 
 

@@ -23,10 +23,11 @@ from nova_sys.data.prepare import prepare_data
 from nova_sys.errors import ToldStop
 from nova_sys.hf.carried import carried_texts
 from nova_sys.hf.weights import load_any_weights
+from nova_sys.memory import recompute_block
 from nova_sys.metrics import StepClock, kv_shift_histograms
 from nova_sys.model.build import attention_tile_sizes, build_model, transformer_config
 from nova_sys.model.gpt import PackedGPT
-from nova_sys.model.te import settle_scales
+from nova_sys.model.te import plain_weights, settle_scales
 from nova_sys.non_finite import explain_non_finite
 from nova_sys.optimizer import build_optimizer, build_schedule, wrap_for_training
 from nova_sys.parallel import Parallel, choose_dtype, from_main, main_rank_first, on_any_rank
@@ -272,7 +273,7 @@ class Trainer:
             dtype=self.dtype,
             fp8=self.config.fp8 if train.precision == "fp8" else None,
             recompute=train.recompute,
-            recompute_layers=train.recompute_layers,
+            recompute_layers=recompute_block(self.config),
         )
 
     def _build_clock(self) -> StepClock:
@@ -310,7 +311,8 @@ class Trainer:
         """The weights of step 0 into `chunks`, which are random so far; FP8 scales for them, where layers keep some."""
         folder = from_main(self.parallel, lambda: first_weights(self.start, self.config), slow=True)
         if folder is not None:
-            load_any_weights(folder, chunks, self.config.model, self.vocab_size)
+            with plain_weights(chunks):
+                load_any_weights(folder, chunks, self.config.model, self.vocab_size)
         settle_scales(
             chunks,
             lambda: response_logps(chunks, self._loader(1.0).micro_batches(0), self.parallel),
@@ -365,7 +367,7 @@ class Trainer:
             return None
         frozen = self._build_model()
         self._load_first_weights(frozen)
-        return OnlineReference(frozen, self.parallel)
+        return OnlineReference(frozen, self.parallel, on_host=self.config.algo.reference == "host")
 
     def _resume(self) -> int:
         """Restores the run's newest checkpoint. Raises: ValueError when the data is no longer the same."""

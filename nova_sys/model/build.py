@@ -22,7 +22,7 @@ from nova_sys.config import VOCAB_MULTIPLE, Fp8Config, ModelConfig
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.model.output_layer import LogprobOutputLayer
 from nova_sys.model.specs import RMSNorm, core_attention_spec, layer_spec
-from nova_sys.model.te import mcore_fields, te_spec
+from nova_sys.model.te import mcore_fields, plain_weights, te_spec
 from nova_sys.parallel import Parallel
 from nova_sys.weight_names import split_layer
 
@@ -121,7 +121,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,  # sums these norms' gradients over the tensor-parallel ranks, which have other heads
-        bias_activation_fusion=False,
+        # SwiGLU in one kernel that keeps its input alone: 3 FFN widths a token instead of 5. Compiled by torch for a GPU
+        bias_activation_fusion=parallel.device.type == "cuda",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -194,7 +195,8 @@ def build_model(
                 backend=backend,
             )
         chunks.append(gpt.to(parallel.device))
-    initialize_weights(chunks, model, seed)
+    with plain_weights(chunks):
+        initialize_weights(chunks, model, seed)
     return chunks
 
 

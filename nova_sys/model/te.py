@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.fp8_utils import get_fp8_context, is_float8tensor
 from megatron.core.tensor_parallel import layers as mcore_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
@@ -78,6 +79,7 @@ def mcore_fields(fp8: Fp8Config) -> dict[str, Any]:
     return {
         "fp8": FORMAT[fp8.recipe],
         "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.param_gather,
         "fp8_amax_history_len": AMAX_HISTORY,
         "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": bool(first or last),
@@ -117,6 +119,38 @@ def te_spec(layer: ModuleSpec) -> ModuleSpec:
 def _extension() -> Any:
     """Megatron's wrappers of Transformer Engine's layers. By name, because importing them takes a while and fp8 is rare."""
     return importlib.import_module("megatron.core.extensions.transformer_engine")
+
+
+@contextmanager
+def plain_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While the block runs, weights that are kept in FP8 (`fp8.param_gather`) stand there as ordinary ones, to be set or read.
+
+    At its end they are rounded, and what the block left becomes what the optimizer's fp32 weights start from.
+    """
+    held = [
+        (module, name, weight)
+        for chunk in chunks
+        for module in chunk.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if is_float8tensor(weight)
+    ]
+    for module, name, weight in held:
+        module._parameters[name] = torch.nn.Parameter(_exact(weight))
+    yield
+    with torch.no_grad():
+        for module, name, weight in held:
+            exact = module._parameters[name]
+            assert exact is not None
+            weight.copy_(exact)
+            weight._high_precision_init_val = exact.detach().cpu()  # pyright: ignore[reportAttributeAccessIssue]
+            module._parameters[name] = weight
+
+
+def _exact(weight: Any) -> torch.Tensor:
+    """As it was set, if the optimizer has not taken that yet; else what FP8 left of it."""
+    exact = weight.get_high_precision_init_val()
+    rounded = weight.dequantize().detach()
+    return rounded if exact is None else exact.to(rounded)
 
 
 def accumulate_in_place(chunks: Sequence[torch.nn.Module]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ SMALL = {
     "checkpoint.every_steps": 0,
 }
 TP2_PP2 = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
+FOURS = {
+    "model.num_layers": 4,
+    "model.num_kv_heads": 4,
+    "train.steps": 6,
+}  # for 4 ranks of each kind
+SAVED = "fours-tp2-pp2"
+RESUMED = {"one": {}, "dp4": {}, "tp4": {"parallel.tensor": 4}, "pp4": {"parallel.pipeline": 4}}
 TIMES = {"tokens_per_s", "tokens_per_s_per_gpu", "pairs_per_s", "step_time_s", "data_wait_ms"}
 TIMES |= {"mfu", "peak_gib"}
 Part = tuple[str, dict[str, Any], int]
@@ -47,7 +55,7 @@ EPOCH = -1
 
 def train_parts(rank: int, folder: str, parts: list[Part]) -> None:
     """`run_ranks` worker: trains each part from its start to its end, one after the other in the same processes, with everything built
-    anew. The signal comes to the last rank, within a step."""
+    anew. The signal comes to the last rank, within a step. A run of RESUMED begins as a copy of SAVED."""
     from nova_sys.config_io import load_recipe
     from nova_sys.parallel import parallel_run
     from nova_sys.stopping import stop_signals
@@ -57,6 +65,8 @@ def train_parts(rank: int, folder: str, parts: list[Part]) -> None:
         data = {"data.train": f"{folder}/pairs.jsonl", "data.cache_dir": f"{folder}/cache"}
         settings = {**SMALL, **data, **changes, "run.dir": f"{folder}/{name}"}
         config = load_recipe(RECIPE, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+        if rank == 0 and name.startswith("fours-to-"):
+            shutil.copytree(f"{folder}/{SAVED}", f"{folder}/{name}")
         with stop_signals() as stop, parallel_run(config.parallel, seed=1) as parallel:
             trainer = Trainer(config, parallel, stop)
             one_step = trainer._one_step
@@ -97,6 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same = {"data.tokenizer": f"{folder}/dp2/tokenizer"}
     cp = {**same, "parallel.context": 2}
     pp, online = {**same, **TP2_PP2}, {**same, "algo.reference": "online"}
+    fours = {**same, **FOURS}
     often = {**same, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
     jobs: list[tuple[int, list[Part]]] = [
         (
@@ -110,7 +121,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ],
         ),
         (4, [("pp", pp, 0), ("pp-pp", pp, 3), ("pp-pp", pp, 0), ("pp-one", pp, 3)]),
-        (4, [("dp2-dp4", same, 0)]),
+        (4, [("dp2-dp4", same, 0), (SAVED, {**fours, **TP2_PP2}, 3)]),
+        (
+            4,
+            [(f"fours-to-{to}", {**fours, **how}, 0) for to, how in RESUMED.items() if to != "one"],
+        ),
+        (1, [("fours-to-one", fours, 0), ("fours", fours, 0)]),
         (1, [("one", same, 0), ("one-one", same, 3), ("one-one", often, 7), ("one-one", same, 0)]),
         (1, [("one-edges", same, 1), ("one-edges", same, EPOCH), ("one-edges", same, 0)]),
         (1, [("mixed", online, 3), ("mixed", same, 7), ("mixed", online, 0), ("pp-one", same, 0)]),
@@ -127,9 +143,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
-def tensors(run: Path) -> dict[str, np.ndarray]:
+def tensors(run: Path, step: int = 10) -> dict[str, np.ndarray]:
     """Weights, optimizer and random states of the last checkpoint."""
-    reader = FileSystemReader(run / "checkpoints" / "step_00000010")
+    reader = FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in entries.items()}
     load(state, storage_reader=reader, no_dist=True)
@@ -155,11 +171,24 @@ def test_same_layout_bit_for_bit(folder: Path, stopped: str, whole: str) -> None
 @pytest.mark.parametrize("stopped", ["pp-one", "cp-one", "dp2-dp4", "mixed"])
 def test_another_layout_to_rounding(folder: Path, stopped: str) -> None:
     """TP2 x PP2 -> one rank, CP2 -> one rank, DP2 -> DP4; also from one reference mode to the other and back. The same documents in every step."""
-    for row, expected in zip(rows(folder / stopped), rows(folder / "one"), strict=True):
+    assert_same_to_rounding(folder / stopped, folder / "one", step=10)
+
+
+@pytest.mark.parametrize("to", RESUMED)
+def test_one_checkpoint_on_four_layouts(folder: Path, to: str) -> None:
+    """Saved at TP2 x PP2: the next steps, weights and moments are those of a run that never stopped and never moved."""
+    layout = json.loads((folder / SAVED / "checkpoints/step_00000003/nova.json").read_text())
+    assert layout["world_size"] == 4 and len(rows(folder / SAVED)) == 3
+    assert_same_to_rounding(folder / f"fours-to-{to}", folder / "fours", step=6)
+
+
+def assert_same_to_rounding(run: Path, whole: Path, *, step: int) -> None:
+    for row, expected in zip(rows(run), rows(whole), strict=True):
         for key in ("step", "epoch", "fill", "num_pairs", "num_tokens", "lr", "skipped"):
             assert row.get(key) == expected.get(key), key
         for key in ("loss", "grad_norm", "chosen_logp", "rejected_logp"):
             assert row[key] == pytest.approx(expected[key], rel=1e-5), (row["step"], key)
-    a, b = tensors(folder / stopped), tensors(folder / "one")
+    a, b = tensors(run, step), tensors(whole, step)
+    assert any("exp_avg_sq" in key for key in b)
     for key in (key for key in b if not key.startswith("random.")):
         np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)

@@ -246,7 +246,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path: Path, dialogues: P
         4,
         *settings(tmp_path / "run", dialogues, parallel__tensor=2),
     )
-    for fact in ("layout", "parameters", "packs per epoch", "steps"):
+    for fact in ("layout", "parameters", "packs per epoch", "steps", "memory ", " GiB = weights "):
         assert fact in text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

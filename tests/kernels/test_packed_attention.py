@@ -25,6 +25,7 @@ from nova_kernels.testing import (
     segment_table,
 )
 
+NAMES = ("out", "dq", "dk", "dv")
 documents = st.lists(
     st.tuples(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=4
 )
@@ -52,7 +53,7 @@ def packed(segments, **options):
 
 
 def assert_equal_to_rounding(got, expected):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), expected, got, strict=True):
+    for name, a, b in zip(NAMES, expected, got, strict=True):
         assert max_error(a, b) < 1e-13 * max(1.0, float(a.abs().amax())), name
 
 
@@ -86,7 +87,7 @@ def test_error_is_within_twice_plain_torchs(dtype):
     exact = run(dense(segments), *[x.detach().double().requires_grad_() for x in args[:3]],
                 args[3].double())  # fmt: skip
     got, plain = run(packed(segments), *args), run(dense(segments), *args)
-    for name, wide, ours, same in zip(("out", "dq", "dk", "dv"), exact, got, plain, strict=True):
+    for name, wide, ours, same in zip(NAMES, exact, got, plain, strict=True):
         assert ours.dtype == dtype
         assert_close_to(wide, ours, same, what=name)
 
@@ -246,7 +247,7 @@ def test_triton_matches_the_dense_mask(small_triton_tiles, shape):
     with poison():
         got = run(packed(segments, backend="triton"), *dirty)
     plain = run(dense(segments), *args)
-    for name, wide, ours, same in zip(("out", "dq", "dk", "dv"), exact, got, plain, strict=True):
+    for name, wide, ours, same in zip(NAMES, exact, got, plain, strict=True):
         assert_close_to(wide[:-9], ours[:-9], same[:-9], what=name)
 
 
@@ -282,7 +283,7 @@ def test_triton_on_a_gpu(shape, dtype):
         wide = [x.detach().double().requires_grad_() for x in args[:3]] + [args[3].double()]
         exact = run(packed(segments, backend="reference", **options), *wide)
         plain = run(packed(segments, backend="reference", **options), *args)
-        for name, *values in zip(("out", "dq", "dk", "dv"), exact, got, plain, strict=True):
+        for name, *values in zip(NAMES, exact, got, plain, strict=True):
             # P and dS are rounded to the input's dtype for their products, as in every flash kernel.
             slack = 4 * torch.finfo(dtype).eps * float(values[0].abs().max())
             assert_close_to(*values, slack=slack, what=name)

@@ -1,7 +1,6 @@
 """packed_attention with a window: the blocked path and the Triton kernels against the written rule and FlexAttention."""
 
 import functools
-import importlib
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nova_kernels import packed_attention
-from nova_kernels.backend import triton_runs_on
 from nova_kernels.packed_attention import reference
 from nova_kernels.packed_attention.reference import attention_mask, dense_attention
 from nova_kernels.segments import positions, segment_index
@@ -20,27 +18,16 @@ from nova_kernels.testing import (
     max_error,
     poison,
     random_segments,
-    seeded_normal,
     segment_table,
 )
-
-NAMES = ("out", "dq", "dk", "dv")
-documents = st.lists(
-    st.tuples(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=4
+from tests.kernels.test_packed_attention import (
+    NAMES,
+    assert_equal_to_rounding,
+    documents,
+    inputs,
+    run,
+    small_triton_tiles,  # noqa: F401 a fixture
 )
-
-
-def inputs(T, N, K, H, dtype=torch.float64):
-    """q, k, v with gradients, and an upstream gradient."""
-    shapes = ((T, N, H), (T, K, H), (T, K, H), (T, N, H))
-    q, k, v, dout = (seeded_normal(*s, seed=i, dtype=dtype) for i, s in enumerate(shapes))
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
-
-
-def run(attention, q, k, v, dout):
-    """[out, dq, dk, dv]."""
-    out = attention(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def dense(segments, window):
@@ -49,11 +36,6 @@ def dense(segments, window):
 
 def packed(segments, window, **options):
     return functools.partial(packed_attention, segments_S4=segments, window=window, **options)
-
-
-def assert_equal_to_rounding(got, expected):
-    for name, a, b in zip(NAMES, expected, got, strict=True):
-        assert max_error(a, b) < 1e-13 * max(1.0, float(a.abs().amax())), name
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 9])
@@ -124,20 +106,10 @@ def test_equals_flex_attention_with_a_sliding_window():
     assert max_error(expected, packed_attention(q, k, v, segments, window=window)) < 1e-13
 
 
-@pytest.fixture
-def small_triton_tiles(monkeypatch):
-    """Tiles of a few tokens, so that a small pack has all kinds of them."""
-    if not triton_runs_on(torch.device("cpu")):
-        pytest.skip("Triton is not installed, or a GPU runs it")
-    triton_path = importlib.import_module("nova_kernels.packed_attention._triton")
-    tile = functools.partial(triton_path.Tile, warps=4, stages=2)
-    small = triton_path.Tiles(fwd=tile(32, 16), dq=tile(32, 16), dkv=tile(16, 32))
-    monkeypatch.setattr(triton_path, "TILES", {64: small})
-
-
 @pytest.mark.parametrize("window", [1, 7, 16, 21, 40, 52])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-def test_triton_matches_the_dense_mask(small_triton_tiles, heads, window):
+@pytest.mark.usefixtures("small_triton_tiles")
+def test_triton_matches_the_dense_mask(heads, window):
     """The window's edge in trunks, in prefixes and between the two; scratch and padding poisoned."""
     segments = segment_table([(37, [3, 40, 1]), (0, [5, 1]), (16, [20, 17])], padding=9)
     args = inputs(int(segments[-1, 1]), *heads, 64, torch.float32)

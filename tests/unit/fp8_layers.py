@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Engine:
     """What Transformer Engine keeps per process. recipe: of the context that is open; None: layers run unrounded."""
 
     recipe: str | None = None
-    layers: weakref.WeakSet[Any] = weakref.WeakSet()
+    layers: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
 
     @classmethod
     def update_scales(cls, *, forward: bool) -> None:
@@ -59,6 +59,21 @@ def rounded(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (wide.to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
 
 
+class KeptInFp8(torch.nn.Parameter):
+    """A weight that holds FP8 numbers: what is written into it is rounded."""
+
+    _high_precision_init_val: torch.Tensor | None = None
+
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return super().copy_(rounded(other, 1.0))
+
+    def dequantize(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor).clone()
+
+    def get_high_precision_init_val(self) -> torch.Tensor | None:
+        return self._high_precision_init_val
+
+
 class _Layer:
     """The part of both layers; a mixin, so that names and shards are those of Megatron's own."""
 
@@ -70,6 +85,8 @@ class _Layer:
         self.fp8_meta: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.history_length = config.fp8_amax_history_len
         self.cached: torch.Tensor | None = None
+        if config.fp8_param:
+            self.weight = KeptInFp8(self.weight.detach())
 
     def init_fp8_metadata(self) -> None:
         for key, num_tensors in ({} if self.fp8_meta else {"scaling_fwd": 3, "scaling_bwd": 2}).items():  # fmt: skip

@@ -287,6 +287,16 @@ def test_check_accepts_a_runnable_config(tmp_path):
             1,
             ["algo.reference", "which knows no pairs"],
         ),
+        (
+            "train.recompute=full train.recompute_layers=3",
+            1,
+            ["train.recompute_layers = 3", "must divide the 4 layers", "choose one of 1, 2, 4"],
+        ),
+        (
+            "algo.loss=simpo algo.reference=host",
+            1,
+            ['algo.reference = "host"', "reads no reference"],
+        ),
         ("model.kv_shift_init=random", 1, ["model.kv_shift_init", "model.kv_shift is false"]),
         (
             "model.window_layers=[1] model.window_heads=2",

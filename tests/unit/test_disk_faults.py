@@ -142,6 +142,7 @@ def test_a_fault_is_told_whatever_fails_behind_it(monkeypatch: pytest.MonkeyPatc
     run.config, run.run_dir, run.start_step, run.total_steps = RunConfig(), Path(), 0, 1
     run.parallel, run.stop = SimpleNamespace(is_main=False), StopRequest()
     run.lock, run.telemetry = end("lock"), SimpleNamespace(close=fail)
+    run.clock = end("clock")
     run.loader = SimpleNamespace(start=lambda step: None, stop=fail)
     run.checkpointer = SimpleNamespace(wait=fail, close=lambda: ended.append("save"))
     run._one_step = lambda step: run._end_with(FloatingPointError("the loss is nan"))
@@ -150,4 +151,4 @@ def test_a_fault_is_told_whatever_fails_behind_it(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FloatingPointError, match=both) as stopped:
         run.train()
     assert is_user_error(stopped.value)
-    assert ended == ["save", "lock"]
+    assert ended == ["clock", "save", "lock"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fp8_layers import Engine, LayerNormColumn, Row, rounded, use
 
 from nova_sys.config import Fp8Config, ModelConfig, ParallelConfig, RunConfig
 from nova_sys.config_io import check, load_recipe
@@ -22,8 +20,17 @@ from nova_sys.model import te
 from nova_sys.model.build import build_model, shards_of, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.parallel import Parallel, parallel_run
+from nova_sys.reference import OnlineReference
 from nova_sys.step import response_logps
 from nova_sys.trainer import Trainer
+
+spec = importlib.util.spec_from_file_location(
+    "fp8_layers", Path(__file__).with_name("fp8_layers.py")
+)
+assert spec is not None and spec.loader is not None
+fp8_layers: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fp8_layers)
+Engine, LINEAR = fp8_layers.Engine, (fp8_layers.LayerNormColumn, fp8_layers.Row)
 
 MODEL = ModelConfig(
     num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=300
@@ -40,7 +47,7 @@ def parallel() -> Iterator[Parallel]:
 
 @pytest.fixture(autouse=True)
 def layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch)
+    fp8_layers.use(monkeypatch)
 
 
 def model_of(
@@ -103,7 +110,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("fields", [{}, RICH], ids=["plain", "rich"])
 def test_both_specs_have_the_same_names_shapes_and_first_weights(
-    parallel: Parallel, fields: dict[str, bool]
+    parallel: Parallel, fields: dict[str, Any]
 ) -> None:
     def shards(fp8: Fp8Config | None) -> dict[Any, torch.Tensor | None]:
         found = shards_of(model_of(parallel, fp8, **fields))
@@ -121,15 +128,20 @@ def first_packs(parallel: Parallel, pairs: Path, folder: Path) -> list[Pack]:
     return Trainer(config, parallel).loader.micro_batches(0)
 
 
-def gradients(gpt: PackedGPT, packs: list[Pack], parallel: Parallel) -> tuple[torch.Tensor, dict[Any, torch.Tensor]]:  # fmt: skip
+def gradients(
+    gpt: PackedGPT, packs: list[Pack], parallel: Parallel
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probs, and gradients by the plain spec's names of parameters."""
     logp_R = torch.cat([gpt(pack.to(parallel.device)) for pack in packs])
     (logp_R * torch.linspace(-1, 1, len(logp_R))).sum().backward()
-    grads = {}
-    for shard in shards_of(gpt):
-        parameter = next(p for p in gpt.parameters() if p.data_ptr() <= shard.data.data_ptr() < p.data_ptr() + 4 * p.numel())  # fmt: skip  # pyright: ignore
-        rows = (shard.data.data_ptr() - parameter.data_ptr()) // (4 * parameter[0].numel())  # pyright: ignore
-        grads[shard.key, shard.global_offset] = parameter.grad[rows : rows + len(shard.data)]  # pyright: ignore
-    return logp_R.detach(), grads
+    fused = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}  # fmt: skip
+    found = {}
+    for name, parameter in gpt.named_parameters():
+        for theirs, ours in fused.items():
+            name = name.replace(theirs, ours)
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return logp_R.detach(), found
 
 
 def test_the_fused_norm_has_the_same_gradients(
@@ -137,11 +149,12 @@ def test_the_fused_norm_has_the_same_gradients(
 ) -> None:
     """In layers that stay unrounded, in fp32."""
     packs = first_packs(parallel, pairs, tmp_path)
-    fields = {key: True for key in ("qk_norm", "qkv_bias", "kv_shift")}
+    fields: dict[str, Any] = {**RICH, "tied_embeddings": False}
     plain, fused = model_of(parallel, None, **fields), model_of(parallel, Fp8Config(first_layers_bf16=3), **fields)  # fmt: skip
     for gpt in (plain, fused):
-        for shard in (s for s in shards_of(gpt) if "norm" in s.key):
-            shard.data.copy_(torch.linspace(0.5, 1.5, shard.data.numel()))  # pyright: ignore[reportOptionalMemberAccess]
+        for weight in (s.data for s in shards_of(gpt) if "norm" in s.key):
+            assert weight is not None
+            weight.detach().copy_(torch.linspace(0.5, 1.5, len(weight)))
     logp, grads = gradients(plain, packs, parallel)
     fused_logp, fused_grads = gradients(fused, packs, parallel)
     assert torch.equal(logp, fused_logp)
@@ -157,7 +170,7 @@ def test_only_the_layers_between_run_in_fp8(
     packs = first_packs(parallel, pairs, tmp_path)
     gpt = model_of(parallel, Fp8Config(recipe=recipe), torch.bfloat16)  # pyright: ignore[reportArgumentType]
     response_logps([gpt], packs, parallel)
-    linear = [m for m in gpt.modules() if isinstance(m, LayerNormColumn | Row)]
+    linear = [m for m in gpt.modules() if isinstance(m, LINEAR)]
     assert len(linear) == 12
     in_fp8 = [layer.cached is not None for layer in linear]
     assert in_fp8 == [recipe == "delayed"] * 4 + [True] * 4 + [recipe == "delayed"] * 4
@@ -202,12 +215,14 @@ def test_step_0_is_not_ln_2_when_the_reference_rounds_otherwise(
 def test_weights_are_rounded_once_a_step(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Once for all micro-batches, and anew in the next step: the losses are those of rounding them every time."""
     calls: list[int] = []
-    monkeypatch.setattr("fp8_layers.rounded", lambda x, scale: (calls.append(x.dim()), rounded(x, scale))[1])  # fmt: skip
+    rounded = fp8_layers.rounded
+    monkeypatch.setattr(fp8_layers, "rounded", lambda x, scale: (calls.append(x.dim()), rounded(x, scale))[1])  # fmt: skip
     curves = []
     for always in (False, True):
         if always:
-            monkeypatch.setattr(LayerNormColumn, "is_first_microbatch", property(lambda _: True, lambda *_: None), raising=False)  # fmt: skip
-            monkeypatch.setattr(Row, "is_first_microbatch", property(lambda _: True, lambda *_: None), raising=False)  # fmt: skip
+            for kind in LINEAR:
+                flag = property(lambda _: True, lambda *_: None)
+                monkeypatch.setattr(kind, "is_first_microbatch", flag, raising=False)
         trainer = Trainer(config_of(pairs, tmp_path / str(always)), parallel)
         calls.clear()
         trainer.train()
@@ -222,21 +237,19 @@ def test_a_resumed_run_is_the_same(
     recipe: str, parallel: Parallel, pairs: Path, tmp_path: Path
 ) -> None:
     """Bit for bit. The scales of delayed scaling are part of the checkpoint, and the reference's are found again."""
-    whole = train(parallel, config_of(pairs, tmp_path / "whole", fp8__recipe=recipe, algo__reference="online"))  # fmt: skip
     options = {"fp8__recipe": recipe, "algo__reference": "online", "optimizer__min_lr": 1e-2}
-    options["optimizer__lr"] = 1e-2
-    whole = train(parallel, config_of(pairs, tmp_path / "flat", **options))
+    whole = train(parallel, config_of(pairs, tmp_path / "whole", **options))
+    scales = te.read_scales(whole.chunks)  # now: what trains later adjusts those of all models
+    assert bool(scales) == (recipe == "delayed")
     train(parallel, config_of(pairs, tmp_path / "parts", **options, train__steps=2))
     parts = train(parallel, config_of(pairs, tmp_path / "parts", **options))
-    steps, again = metrics(tmp_path / "flat"), metrics(tmp_path / "parts")
+    steps, again = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert len(steps) == len(again) == 3
     assert [s["loss"] for s in steps] == [s["loss"] for s in again]
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(parts)[name]), name
-    for place, kept in te.read_scales(whole.chunks).items():
-        for key, tensors in te.read_scales(parts.chunks)[place].items():
-            assert all(map(torch.equal, kept[key], tensors))
-    assert bool(te.read_scales(whole.chunks)) == (recipe == "delayed")
+    for place, kept in te.read_scales(parts.chunks).items():
+        assert all(torch.equal(a, b) for key in kept for a, b in zip(kept[key], scales[place][key], strict=True))  # fmt: skip
 
 
 def test_scales_that_were_not_saved_would_change_the_run(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -252,27 +265,59 @@ def test_checkpoints_pass_between_precisions(
     parallel: Parallel, pairs: Path, tmp_path: Path
 ) -> None:
     """SFT in bf16, DPO in FP8 from it, DPO in bf16 from that: each starts with the weights of the one before."""
-    sft = train(parallel, config_of(pairs, tmp_path / "sft", train__precision="bf16", algo__name="sft"))  # fmt: skip
-    for name, before, settings in [
-        ("fp8", sft, {"fp8__recipe": "delayed"}),
-        ("bf16", None, {"train__precision": "bf16"}),
+    before, folder = None, ""
+    for name, settings in [
+        ("sft", {"train__precision": "bf16", "algo__name": "sft"}),
+        ("fp8", {"fp8__recipe": "delayed"}),
+        ("bf16", {"train__precision": "bf16"}),
     ]:
-        from_dir = tmp_path / ("sft" if before else "fp8")
-        trainer = Trainer(config_of(pairs, tmp_path / name, **settings, model__init_from=str(from_dir)), parallel)  # fmt: skip
-        before = before or last
+        config = config_of(pairs, tmp_path / name, **settings, model__init_from=folder)
+        trainer = Trainer(config, parallel)
         ours = weights_of(trainer)
-        assert ours.keys() == weights_of(before).keys()
-        assert all(torch.equal(weight, ours[key]) for key, weight in weights_of(before).items())
+        if before is not None:
+            assert ours.keys() == before.keys()
+            assert all(torch.equal(weight, ours[key]) for key, weight in before.items())
         trainer.train()
-        assert metrics(tmp_path / name)[0]["drift"] == 0
-        last = trainer
+        assert metrics(tmp_path / name)[0].get("drift", 0) == 0
+        before, folder = weights_of(trainer), config.run.dir
+        assert any(not torch.equal(weight, ours[key]) for key, weight in before.items())
 
 
 def test_another_precision_is_another_run(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
     train(parallel, config_of(pairs, tmp_path))
     for settings in ({"train__precision": "bf16"}, {"fp8__recipe": "tensorwise"}, {"fp8__last_layers_bf16": 0}):  # fmt: skip
-        with pytest.raises(ValueError, match="train.precision: fp8 blockwise, the first 1 and last"):
+        with pytest.raises(
+            ValueError, match=r"train\.precision: fp8 blockwise, the first 1 and last"
+        ):
             Trainer(config_of(pairs, tmp_path, **settings, train__steps=4), parallel)
+
+
+def test_a_reference_pass_leaves_no_trace_in_the_scales(
+    parallel: Parallel, pairs: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(config_of(pairs, tmp_path, fp8__recipe="delayed"), parallel)
+    assert list((tmp_path / "cache").glob("reference-*.npz"))
+    for kept in te.read_scales(trainer.chunks).values():
+        history = kept["scaling_fwd"][1]
+        assert bool((history[-1, :2] > 0).all()) and not history[:-1].any()
+
+
+def test_an_online_reference_keeps_its_scales(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Training adjusts the scales of every model in the process, by what was seen in few passes here."""
+    packs = first_packs(parallel, pairs, tmp_path)
+    monkeypatch.setattr(te, "AMAX_HISTORY", 4)
+    gpt = model_of(parallel, Fp8Config(recipe="delayed"), torch.bfloat16)
+    te.settle_scales([gpt], lambda: response_logps([gpt], packs, parallel))
+    reference = OnlineReference([gpt], parallel)
+    scored = []
+    for _ in range(2):
+        scored.append(np.concatenate([pack.ref_logp_B for pack in reference.score(packs)]))
+        for _ in range(5):
+            gpt(packs[0].to(parallel.device))
+            Engine.update_scales(forward=True)
+    settled = reference.scales.values()
+    assert not all(torch.equal(a["scaling_fwd"][0], b["scaling_fwd"][0]) for a, b in zip(settled, te.read_scales([gpt]).values(), strict=True))  # fmt: skip
+    assert np.array_equal(*scored)
 
 
 def test_settled_scales_hold(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
@@ -290,84 +335,48 @@ def test_settled_scales_hold(parallel: Parallel, pairs: Path, tmp_path: Path) ->
         assert torch.equal(scale, before)
         amax = te.FP8_MAX / scale[:2]
         assert torch.equal(torch.exp2(torch.log2(amax).round()), amax)
-        seen = history[-len(packs) :].amax(0)[:2]  # fresh rows are written at the end of the roll
-        assert bool((seen > 0).all()) and bool((seen * 1.1 < amax).all())
-        assert scale[2] == 1  # the output is not rounded, so nothing was seen of it
-
-
-def refusal(pairs: Path, tmp_path: Path, **overrides: Any) -> str:
-    with pytest.raises(ValueError) as caught:
-        config_of(pairs, tmp_path, **overrides)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        ({"model__hidden_size": 40, "model__head_dim": 8}, ["model.hidden_size = 40", "multiple of 16", "for example to give 48"]),
-        ({"model__ffn_hidden_size": 56}, ["model.ffn_hidden_size = 56", "multiple of 16"]),
-        ({"data__pack_length": 120}, ["data.pack_length = 120", "multiple of 16", "128"]),
-        ({"model__head_dim": 6}, ["4 query heads of 6, which is 24", "4 + 2 * 2 heads of 6, which is 48" * 0, "32"]),
-        ({"fp8__recipe": "delayed", "fp8__first_layers_bf16": 1}, ["fp8.first_layers_bf16 = 1", 'must be 0 or "auto"', "another fp8.recipe"]),
-        ({"fp8__first_layers_bf16": 2}, ["= 2 + 1", "below model.num_layers = 3", "lower them"]),
-        ({"fp8__last_layers_bf16": -1}, ["fp8.last_layers_bf16 = -1", "0 or more"]),
-        ({"train__precision": "bf16", "fp8__recipe": "delayed"}, ['fp8.recipe = "delayed"', 'train.precision = "bf16"', "leave it out"]),
-    ],
-)  # fmt: skip
-def test_rules(overrides: dict[str, Any], parts: list[str], pairs: Path, tmp_path: Path) -> None:
-    message = refusal(pairs, tmp_path, **overrides)
-    assert all(part in message for part in parts), message
-
-
-def test_rules_of_a_layout(pairs: Path, tmp_path: Path) -> None:
-    def refused(world: int, **overrides: Any) -> str:
-        config = config_of(pairs, tmp_path)
-        recipe = pairs.parent / "layout.toml"
-        recipe.write_text("")
-        from nova_sys.config_io import to_toml
-
-        recipe.write_text(to_toml(config))
-        settings = [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in overrides.items()]
-        with pytest.raises(ValueError) as caught:
-            check(load_recipe(recipe, [*settings, f"train.global_batch_packs={world}"]), world)
-        return str(caught.value)
-
-    split = refused(2, parallel__tensor=2, model__ffn_hidden_size=48)
-    assert "model.ffn_hidden_size = 48 / parallel.tensor = 2, which is 24" in split
-    gathered = refused(2, parallel__tensor=2, parallel__sequence=True, model__ffn_hidden_size=64)
-    assert "data.pack_length = 128 / (parallel.context = 1 * parallel.tensor = 2), which is 64: must be a multiple of 128" in gathered  # fmt: skip
-    assert "model.hidden_size = 32, which is 32: must be a multiple of 128" in gathered
-    stages = refused(3, parallel__pipeline=3, fp8__first_layers_bf16=0, fp8__last_layers_bf16=2)
-    assert "fp8.last_layers_bf16 = 2: must not exceed the 1 layers of a pipeline stage" in stages
-
-
-def test_what_an_fp8_run_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    te.check_precision("bf16", Fp8Config(), cpu)
-    with pytest.raises(ValueError) as caught:
-        te.check_precision("fp8", Fp8Config(), cpu)
-    message = str(caught.value)
-    for part in ("capability 9.0 or more, and this process runs on the CPU", "needs Transformer Engine, which is not installed", "README", '"bf16"'):  # fmt: skip
-        assert part in message
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(te.torch.cuda, "get_device_capability", lambda _: (8, 9))
-    broken = RuntimeError("undefined symbol: cublasLtGroupedMatrixLayoutInit_internal")
-
-    def load(_: str) -> None:
-        raise broken
-
-    monkeypatch.setattr(importlib, "import_module", load)
-    with pytest.raises(ValueError, match="and this one has 8.9, and needs .* does not load .undefined symbol"):
-        te.check_precision("fp8", Fp8Config(), gpu)
-    monkeypatch.setattr(importlib, "import_module", lambda _: sys)
-    te.check_precision("fp8", Fp8Config(recipe="delayed"), gpu)
+        seen = history[-len(packs) :].amax(0)[:2]  # what is new went to the end
+        assert seen[0] > 0 and bool((seen * 1.1 < amax).all())
+        assert scale[2] == 1  # nothing was seen of the output, which is not rounded
 
 
 def test_weight_gradients_are_added_by_what_there_is(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     plain, fused = model_of(parallel, None), model_of(parallel, Fp8Config())
     assert te.accumulate_in_place([plain]) == "torch, in a pass of its own"
     assert te.accumulate_in_place([fused]) == "Transformer Engine"
-    assert all(m.fuse_wgrad_accumulation for m in fused.modules() if isinstance(m, LayerNormColumn | Row))  # fmt: skip
+    assert all(m.fuse_wgrad_accumulation for m in fused.modules() if isinstance(m, LINEAR))  # fmt: skip
     monkeypatch.setattr(te.mcore_layers, "fused_weight_gradient_mlp_cuda", object(), raising=False)
     assert te.accumulate_in_place([plain]) == "NVIDIA apex"
-    assert plain.decoder.layers[0].mlp.linear_fc1.gradient_accumulation_fusion
+    fc1: Any = plain.get_submodule("decoder.layers.0.mlp.linear_fc1")
+    assert fc1.gradient_accumulation_fusion
+
+
+def test_weights_kept_in_fp8_are_set_exactly(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fp8.param_gather`: rounded in the layers, and the optimizer starts from what was set, by a seed or by a checkpoint."""
+    monkeypatch.setattr(te, "is_float8tensor", lambda w: isinstance(w, fp8_layers.KeptInFp8))
+    plain = model_of(parallel, None, torch.bfloat16)
+    gpt = model_of(parallel, Fp8Config(param_gather=True), torch.bfloat16)
+    kept = [m for m in gpt.modules() if isinstance(m, LINEAR)]
+    assert len(kept) == 12 and all(isinstance(m.weight, fp8_layers.KeptInFp8) for m in kept)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def exact(chunk: PackedGPT) -> dict[Any, torch.Tensor]:
+        with te.plain_weights([chunk]):
+            return {(s.key, s.global_offset): s.data.clone() for s in shards_of(chunk) if s.data is not None}  # fmt: skip
+
+    first = exact(plain)
+    assert all(torch.equal(weight, first[key]) for key, weight in exact(gpt).items())
+    for module in kept:
+        weight: Any = module.weight
+        rounded = fp8_layers.rounded(weight.get_high_precision_init_val(), 1.0)
+        assert torch.equal(weight.dequantize(), rounded)
+        assert not torch.equal(rounded, weight.get_high_precision_init_val())
+    with te.plain_weights([gpt]):
+        for shard in shards_of(gpt):
+            assert shard.data is not None
+            shard.data.detach().mul_(2)
+    assert all(torch.equal(weight, 2 * first[key]) for key, weight in exact(gpt).items())
+    for module in kept:  # the optimizer has taken them
+        module.weight._high_precision_init_val = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    assert not all(torch.equal(weight, 2 * first[key]) for key, weight in exact(gpt).items())

@@ -11,8 +11,28 @@ import torch
 import torch.distributed as dist
 
 from nova_sys.config import LogConfig, ModelConfig, RunConfig
-from nova_sys.metrics import KV_SHIFT_TAGS, StepClock, kv_shift_histograms
+from nova_sys.metrics import KV_SHIFT_TAGS, StepClock, kv_shift_histograms, peak_flops
 from nova_sys.telemetry import TAGS
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0)],
+)
+def test_the_peak_is_the_data_sheets(
+    name: str, tflops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == 1e12 * tflops
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+def test_the_peak_of_another_gpu_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own names begin like those of faster ones."""
+    on_cpu = torch.randn(2, 64, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: on_cpu)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) not in (989e12, 312e12)
 
 
 def test_a_step_waits_for_the_rank_that_waits_longest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_a_steps_parts_have_names(tmp_path: Path) -> None:
 def test_the_first_of_two_stages(tmp_path: Path) -> None:
     """It has its own layers, no loss, and messages to and from the other stage."""
     write_pairs(tmp_path)
-    run_ranks(train_on_two_stages, 2, str(tmp_path), timeout_s=180)
+    run_ranks(train_on_two_stages, 2, str(tmp_path), timeout_s=300)
     ranges = ranges_of(tmp_path)
     for step in in_steps(ranges):
         assert step[FORWARD] == step[BACKWARD] == PACKS
