@@ -91,10 +91,15 @@ def measured_ceilings(device: torch.device, *, tiny: bool) -> dict[str, Any]:
 
 def in_words(record: dict[str, Any]) -> str:
     gpu = record.get("gpu", {})
-    names = {key: gpu.get(key) for key in ("name", "driver_version", "cuda", "clocks.max.sm", "power.limit")}
+    names = {
+        key: gpu.get(key)
+        for key in ("name", "driver_version", "cuda", "clocks.max.sm", "power.limit")
+    }
     ceilings = gpu.get("ceilings") or record["ceilings"]
     known = {**names, **record["packages"], **ceilings}
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items() if v)
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items() if v
+    )
 
 
 def main() -> int:

@@ -28,6 +28,9 @@ TESTS = {
         f"{IN}/test_linear_logprob_gpu.py",
     ),
 }
+STEP_OPS = {"kv_shift_rope": "kv_shift_rope", "packed_attention": "packed_attention"}
+STEP_OPS |= {"linear_logprob": "linear_dpo"}
+"""Op of a training step -> the op whose tests must be green."""
 CASES = {"kv_shift_rope": "2", "packed_attention": "3", "linear_dpo": "1"}
 """How many of an op's cases the core times; the first ones matter most."""
 
@@ -63,6 +66,8 @@ def timing(op: str, *arguments: str) -> list[str | Path]:
 
 def step(data: str, precision: str, *arguments: str) -> list[str | Path]:
     chosen = ["--data", data, "--precision", precision, "--base", "{base}"]
+    for option, op in STEP_OPS.items():
+        chosen += [f"--{option}", f"reference{{backends:{op}}}"]
     return script("gpu_step.py", *chosen, *arguments)
 
 
@@ -116,13 +121,13 @@ def core() -> list[Part]:
         ),
         Part(
             "step bf16",
-            120,
+            130,
             step(
-                *("hh", "bf16", "--trace", "{folder}/step_bf16.trace.json.gz"),
+                *("hh", "bf16", "--seconds", "2", "--trace", "{folder}/step_bf16.trace.json.gz"),
                 *("--hand-over", "{work}/given", "--copy", "{work}/step.json"),
             ),
             built,
-            expected_s=65,
+            expected_s=70,
         ),
         Part(
             "step fp8 tensorwise",
@@ -190,7 +195,7 @@ def simulated() -> list[Part]:
     tiny = ("--tiny", "--seconds", "0")
     tiny_step = (*tiny, "--base", "reference", "--variants", "few")
     left = ("--hand-over", "{work}/given", "--copy", "{work}/step.json")
-    cpu_test = (f"{IN}/test_shared_helpers.py", "--mark", "not gpu", "--processes", "1")
+    cpu_test = (f"{IN}/test_segments.py", "--mark", "not gpu", "--processes", "1")
     commands: dict[str, list[str | Path]] = {
         "device": script("gpu_device.py", "--simulate"),
         "test": script("gpu_tests.py", *cpu_test),

@@ -1,7 +1,7 @@
 """What gpu_check.py found, as results that report.py shows: `python benchmarks/gpu_results.py DIR` reads DIR/gpu_check.json.
 
-It writes benchmarks/results/gpu_check_<gpu>.json (the machine, what passed, how long it took), gpu_step_<gpu>.json (all training steps, and TRL's) and
-<op>_<gpu>.json. Parts that did not end well change no file of theirs.
+It writes benchmarks/results/gpu_check_<gpu>.json (the machine, what passed, how long it took), gpu_step_<gpu>.json (all training steps, and TRL's),
+fp8_gate_<gpu>.json and <op>_<gpu>.json. Parts that did not end well change no file of theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from gpu_parts import OPS
 
 RESULTS = Path(__file__).resolve().parent / "results"
+GATE = "FP8 accuracy gate"
 TRL = "step TRL with Liger"
 
 
@@ -59,6 +60,8 @@ def results(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {f"gpu_check_{gpu}": overview(record)}
     measured = steps(record)
     found |= {f"gpu_step_{gpu}": measured} if measured else {}
+    gate = record["parts"].get(GATE, {}).get("result", {})  # also one that did not pass
+    found |= {f"fp8_gate_{gpu}": gate} if "candidates" in gate else {}
     for op in OPS:
         timed = result_of(record["parts"], f"time {op}, all cases")
         timed = timed or result_of(record["parts"], f"time {op}")

@@ -61,26 +61,33 @@ class Variant:
     profiled: bool = False
 
 
-def variants(device: torch.device, base_kind: str, wanted: str) -> Iterator[Variant]:
-    """one: all ops in one backend. few: and the two that concern the packs. all: and each op in every other backend, one at a time."""
+def runnable(device: torch.device) -> list[str]:
     triton = device.type == "cuda" and triton_runs_on(device)  # not its interpreter
     here = {"triton": triton, "cuda": cuda_runs_on(device), "reference": True}
-    kinds = [kind for kind, runs in here.items() if runs and kind != base_kind]
+    return [kind for kind, runs in here.items() if runs]
+
+
+def variants(base_kind: str, wanted: str, kinds: dict[str, list[str]]) -> Iterator[Variant]:
+    """one: all ops in one backend. few: and the two that concern the packs. all: and each op in every other backend, one at a time.
+
+    kinds: backends by op; what all have in common is also measured together.
+    """
     base = Variant(f"all in {base_kind}", dict.fromkeys(OPS, base_kind), profiled=True)
     yield base
     if wanted == "one":
         return
     if wanted == "all":
         for op in OPS:
-            for kind in kinds:
+            for kind in (kind for kind in kinds[op] if kind != base_kind):
                 changed = {**base.backends, op: kind}
                 yield replace(base, name=f"{op} in {kind}", backends=changed, profiled=False)
     yield replace(base, name="nothing shared", share_prefix=False, profiled=False)
     yield replace(base, name="keys and values shifted", kv_shift=True, profiled=False)
     if wanted == "all":
-        for kind in kinds:
-            all_of = dict.fromkeys(OPS, kind)
-            yield Variant(f"all in {kind}", all_of, profiled=kind == "reference")
+        for kind in (kind for kind in kinds[OPS[0]] if kind != base_kind):
+            if all(kind in of_op for of_op in kinds.values()):
+                all_of = dict.fromkeys(OPS, kind)
+                yield Variant(f"all in {kind}", all_of, profiled=kind == "reference")
 
 
 @contextmanager
@@ -212,7 +219,9 @@ def measure_all(
     trainer: Trainer, record: dict[str, Any], arguments: argparse.Namespace, device: torch.device
 ) -> None:
     steps = Steps(trainer)
-    for variant in variants(device, arguments.base, arguments.variants):
+    here = runnable(device)
+    kinds = {op: [k for k in here if k in getattr(arguments, op).split(",")] for op in OPS}
+    for variant in variants(arguments.base, arguments.variants, kinds):
         row: dict[str, Any] = {k: v for k, v in asdict(variant).items() if k != "profiled"}
         trace = arguments.trace if not record["results"] else None
         try:
@@ -240,6 +249,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", default="tensorwise", help="of FP8")
     parser.add_argument("--base", choices=["triton", "cuda", "reference"], default="reference")
     parser.add_argument("--variants", choices=["all", "few", "one"], default="all")
+    for op in OPS:
+        parser.add_argument(f"--{op}", default="triton,cuda,reference", help="its backends")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a variant, timed")
     parser.add_argument("--layers", type=int, help="else as many as fit")
     parser.add_argument("--trace", type=Path, help="of a step of the first variant")

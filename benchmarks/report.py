@@ -13,7 +13,7 @@ from typing import Any
 
 import plots
 from plots import machine
-from report_gpu import gpu_check, gpu_step
+from report_gpu import fp8_gate, gpu_check, gpu_step
 from report_kernels import kernel_table, linear_dpo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,13 +239,15 @@ PICTURES = {  # behind the section of a result -> the picture
 }
 MISSING = {  # name of a result -> what it would show
     "gpu_step_h100": "**A DPO step at Llama 3 8B's layer shapes on an H100**, and the same in TRL with Liger",
+    "fp8_gate_h100": "**FP8 beside bf16**, loss curves of 200 DPO steps",
     "gpu_check_h100": "**`make gpu-check` on an H100**: what passed, and the ceilings",
 }
 GPUS = [g for g in ("h100", "h200", "gpu") if (RESULTS / f"gpu_check_{g}.json").exists()] or [
     "h100"
 ]
 for gpu in GPUS:
-    SECTIONS |= {f"gpu_step_{gpu}": gpu_step, f"gpu_check_{gpu}": gpu_check}
+    SECTIONS |= {f"gpu_step_{gpu}": gpu_step, f"fp8_gate_{gpu}": fp8_gate}
+    SECTIONS |= {f"gpu_check_{gpu}": gpu_check}
     PICTURES |= {f"gpu_step_{gpu}": f"step_{gpu}.png", f"gpu_check_{gpu}": f"peers_{gpu}.png"}
 
 

@@ -76,3 +76,21 @@ def gpu_check(record: Record) -> str:
         told = "; ".join(f"{number} {outcome}" for outcome, number in counts.items())
         lines.append(f"| {name} | {part['status']}{f' ({told})' if told else ''} | {part.get('seconds', '')} |")  # fmt: skip
     return "\n".join(lines)
+
+
+def fp8_gate(record: Record) -> str:
+    """How far each recipe's loss curve is from bf16's, and how far it may be."""
+    seeds = len(record["baseline"]["losses"])
+    lines = [
+        f"**FP8 beside {record['baseline']['name']}** (`benchmarks/fp8_gate.py`): losses of {record['steps']} DPO steps from one SFT checkpoint, the mean of {seeds} "
+        f"seeds over windows of {record['window']} steps, may differ by {record['half_width']:.4f} (twice what seeds differ by):",
+        "",
+        "| recipe | largest difference | windows outside | passed |",
+        "|---|---|---|---|",
+    ]
+    for name, found in record["candidates"].items():
+        passed = "yes" if found["passed"] else "no"
+        lines.append(
+            f"| {name} | {found['largest_difference']:.4f} | {len(found['windows_outside'])} | {passed} |"
+        )
+    return "\n".join(lines)

@@ -45,13 +45,13 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
     def __str__(self) -> str:
-        parts = (f"{part.name} {getattr(self, part.name) / GIB:.1f}" for part in fields(self))
-        return f"{self.total / GIB:.1f} GiB = {' + '.join(parts)}"
+        parts = (f"{part.name} {getattr(self, part.name) / GIB:.2g}" for part in fields(self))
+        return f"{self.total / GIB:.3g} GiB = {' + '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class Device:
-    """What differs between devices. bytes: of a weight, and of an activation. On a CPU torch's norm keeps one more copy of its input."""
+    """What differs between devices. bytes: of a weight, and of an activation. On a CPU norms and SwiGLU keep more."""
 
     bytes: int = 2
     is_gpu: bool = True

@@ -62,7 +62,7 @@ def wrap_for_training(
         for index, chunk in enumerate(chunks)
     ]
     if overlap:  # the backward pass of the last micro-batch sends every bucket of gradients as soon as it is whole
-        no_syncs: list[Any] = [chunk.no_sync for chunk in ddp]
+        no_syncs: Any = [chunk.no_sync for chunk in ddp]
         config.no_sync_func = no_syncs if len(ddp) > 1 else no_syncs[0]
     accumulates = accumulate_in_place(ddp) if parallel.device.type == "cuda" else BY_ITSELF
     logger.info("%s", _describe_backends(config, accumulates))
@@ -75,7 +75,9 @@ def _describe_backends(config: TransformerConfig, accumulates: str) -> str:
     linear = "Megatron's"
     if config.fp8:
         first, last = config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16
-        linear = f"Transformer Engine's, FP8 {config.fp8_recipe} but in the first {first} and last {last} layers"
+        linear = f"Transformer Engine's, FP8 {config.fp8_recipe}"
+        if first or last:
+            linear += f" but in the first {first} and last {last} layers"
     return f"linear layers: {linear}; weight gradients added by {accumulates}; Adam and gradient clipping: {adam}; norm and attention: our own"
 
 

@@ -49,7 +49,9 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         "steps": f"{steps:,} ({steps * train.global_batch_packs / loader.packs_per_epoch:.2f} epochs)",
         "recomputation": train.recompute
         + (f" in blocks of {recompute_block(config)} layers" if train.recompute == "full" else ""),
-        "memory": f"{fullest_rank(config, vocab_size, world_size)} on a GPU of the fullest stage (docs/memory.md)",
     }  # fmt: skip
+    if train.precision != "fp8":  # whose rounded copies of the weights no formula here counts
+        fullest = fullest_rank(config, vocab_size, world_size)
+        lines["memory"] = f"{fullest} on a GPU of the fullest stage (docs/memory.md)"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from nova_sys.config import RunConfig
 from nova_sys.data.batch import Pack
 from nova_sys.data.loader import PackLoader
-from nova_sys.model.te import read_scales, write_scales
 from nova_sys.host_weights import move_to_host
+from nova_sys.model.te import read_scales, write_scales
 from nova_sys.parallel import Parallel, from_main
 from nova_sys.step import response_logps
 

@@ -6,7 +6,7 @@ Read as transformers 4 writes it (rope_theta, rope_scaling, torch_dtype) and as 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _optional_number(config: dict[str, Any], key: str, problems: list[str]) -> i
 
 def _is_positive(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return number and 0 < value <= sys.float_info.max  # JSON's whole numbers have no end
 
 
 def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:

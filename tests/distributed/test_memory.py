@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ def measure(rank: int, data: str, cases: list[tuple[str, dict[str, Any]]]) -> li
             parallel_run(config.parallel, seed=1) as parallel,
         ):
             trainer = Trainer(config, parallel)
+            tokenizer = Path(data).with_name("tokenizer")  # of all the cases that follow
+            if not tokenizer.exists():
+                shutil.copytree(trainer.data.tokenizer_dir, tokenizer)
             weights = [p for chunk in trainer.chunks for p in chunk.parameters()]
             places = {p.untyped_storage().data_ptr() for p in weights}
             kept = Kept(places, not_counted=config.model.vocab_size // config.parallel.tensor)
@@ -160,9 +164,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(data: Path) -> dict[str, list[dict[str, int]]]:
     """By case, what each rank holds."""
     found: dict[str, list[dict[str, int]]] = {}
+    shared = {**SIZES, "data.cache_dir": str(data.with_name("cache"))}
     for ranks, some in CASES.items():
-        cases = [(str(data.parent / name / "run"), {**SIZES, **s}) for name, s in some.items()]
-        by_rank = run_ranks(measure, ranks, str(data), cases, timeout_s=400)
+        cases = [(str(data.parent / name / "run"), {**shared, **s}) for name, s in some.items()]
+        if ranks == 1:
+            by_rank = [measure(0, str(data), cases)]
+        else:
+            by_rank = run_ranks(measure, ranks, str(data), cases, timeout_s=400)
         found |= {name: [rank[i] for rank in by_rank] for i, name in enumerate(some)}
     return found
 

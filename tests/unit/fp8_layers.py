@@ -17,6 +17,7 @@ from megatron.core.extensions import transformer_engine as extension
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
+from torch.utils.checkpoint import checkpoint
 
 from nova_sys.model import te
 
@@ -149,6 +150,11 @@ class Row(_Layer, RowParallelLinear):
         return self.product(x_SBD), None
 
 
+def recomputed(forward: Any, *args: Any) -> Any:
+    """te_checkpoint's part here: (distribute_saved_activations, get_rng_state_tracker, tp_group) come before the layers' inputs."""
+    return checkpoint(forward, *args[3:], use_reentrant=False, preserve_rng_state=False)
+
+
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the stand-ins where Megatron has Transformer Engine's layers."""
     manager = SimpleNamespace(reduce_and_update_fp8_tensors=Engine.update_scales)
@@ -156,5 +162,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "TERowParallelLinear", Row)
     monkeypatch.setattr(extension, "FP8GlobalStateManager", manager, raising=False)
     monkeypatch.setattr(transformer_block, "get_fp8_context", Engine.context)
+    monkeypatch.setattr(transformer_block, "te_checkpoint", recomputed, raising=False)
     monkeypatch.setattr(te, "get_fp8_context", Engine.context)
     monkeypatch.setattr(Engine, "layers", weakref.WeakSet())

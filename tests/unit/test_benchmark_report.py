@@ -93,6 +93,24 @@ def results(module: Any, tmp_path: Path) -> Path:
             steps(step("all in triton", 150.0), step("a in cuda", 140.0), step("b", None))
         ),
         "step fp8 tensorwise": good(steps(step("all in triton", 190.0))),
+        "FP8 accuracy gate": {
+            **good(
+                {
+                    "baseline": {"name": "bf16", "losses": {"0": [], "1": []}},
+                    "steps": 200,
+                    "window": 10,
+                    "half_width": 0.01,
+                    "candidates": {
+                        "delayed": {
+                            "largest_difference": 0.02,
+                            "windows_outside": [3],
+                            "passed": False,
+                        }
+                    },
+                }
+            ),
+            "status": "exit code 1",
+        },
         "step TRL with Liger": good(
             {
                 "versions": {"trl": "1.16.0", "liger-kernel": "0.8.5"},
@@ -115,7 +133,7 @@ def results(module: Any, tmp_path: Path) -> Path:
 
 def test_results_of_a_gpu_are_shown(module: Any, results: Path) -> None:
     ops = ("packed_attention", "linear_dpo", "kv_shift_rope")
-    names = {*(f"{op}_h100" for op in ops), "gpu_step_h100", "gpu_check_h100"}
+    names = {*(f"{op}_h100" for op in ops), "gpu_step_h100", "gpu_check_h100", "fp8_gate_h100"}
     assert {path.stem for path in results.iterdir()} == names
     report, kernels = module("report_gpu"), module("report_kernels")
     shown = report.gpu_step(json.loads((results / "gpu_step_h100.json").read_text()))
@@ -126,6 +144,8 @@ def test_results_of_a_gpu_are_shown(module: Any, results: Path) -> None:
     told = report.gpu_check(json.loads((results / "gpu_check_h100.json").read_text()))
     assert "| test in cuda | exit code 1 (98 passed; 2 failed) | 12.3 |" in told
     assert "copy 3,000 GB/s" in told and "1400 TFLOP/s in FP8" in told and "long" not in told
+    gate = report.fp8_gate(json.loads((results / "fp8_gate_h100.json").read_text()))
+    assert "| delayed | 0.0200 | 1 | no |" in gate
     table = kernels.kernel_table(json.loads((results / "packed_attention_h100.json").read_text()))
     assert "| cuda | 3.00 | 667 |" in table
     table = kernels.kernel_table(json.loads((results / "kv_shift_rope_h100.json").read_text()))

@@ -6,12 +6,14 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer import transformer_block
 
 from nova_sys.config import Fp8Config, ModelConfig, ParallelConfig, RunConfig
 from nova_sys.config_io import check, load_recipe
@@ -21,6 +23,7 @@ from nova_sys.model.build import build_model, shards_of, transformer_config
 from nova_sys.model.gpt import PackedGPT
 from nova_sys.parallel import Parallel, parallel_run
 from nova_sys.reference import OnlineReference
+from nova_sys.saved_config import EVALUATE, GENERATE, config_for
 from nova_sys.step import response_logps
 from nova_sys.trainer import Trainer
 
@@ -64,7 +67,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(3)
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     with path.open("w") as out:
-        for _ in range(40):
+        for _ in range(24):
             words = ["".join(" " + rng.choice("abcdef") for _ in range(n)) for n in (5, 6, 9)]
             out.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), words, strict=True))) + "\n")  # fmt: skip
     return path
@@ -77,6 +80,7 @@ def config_of(pairs: Path, run_dir: Path, **overrides: Any) -> RunConfig:
         "data.train": str(pairs),
         "data.pack_length": 128,
         "data.workers": 1,
+        "data.cache_dir": str(pairs.parent / "cache"),  # what is tokenised once
         "train.precision": "fp8",
         "train.steps": 3,
         "train.global_batch_packs": 3,
@@ -123,9 +127,11 @@ def test_both_specs_have_the_same_names_shapes_and_first_weights(
         assert weight is not None and torch.equal(weight, fused[key]), key  # pyright: ignore[reportArgumentType]
 
 
-def first_packs(parallel: Parallel, pairs: Path, folder: Path) -> list[Pack]:
-    config = config_of(pairs, folder, train__precision="fp32")
-    return Trainer(config, parallel).loader.micro_batches(0)
+@pytest.fixture(scope="module")
+def packs(parallel: Parallel, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pack]:
+    """Those of the first step."""
+    folder = tmp_path_factory.mktemp("packs")
+    return Trainer(config_of(pairs, folder, train__precision="fp32"), parallel).loader.micro_batches(0)  # fmt: skip
 
 
 def gradients(
@@ -144,11 +150,8 @@ def gradients(
     return logp_R.detach(), found
 
 
-def test_the_fused_norm_has_the_same_gradients(
-    parallel: Parallel, pairs: Path, tmp_path: Path
-) -> None:
+def test_the_fused_norm_has_the_same_gradients(parallel: Parallel, packs: list[Pack]) -> None:
     """In layers that stay unrounded, in fp32."""
-    packs = first_packs(parallel, pairs, tmp_path)
     fields: dict[str, Any] = {**RICH, "tied_embeddings": False}
     plain, fused = model_of(parallel, None, **fields), model_of(parallel, Fp8Config(first_layers_bf16=3), **fields)  # fmt: skip
     for gpt in (plain, fused):
@@ -165,9 +168,8 @@ def test_the_fused_norm_has_the_same_gradients(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_the_layers_between_run_in_fp8(
-    recipe: str, parallel: Parallel, pairs: Path, tmp_path: Path
+    recipe: str, parallel: Parallel, packs: list[Pack]
 ) -> None:
-    packs = first_packs(parallel, pairs, tmp_path)
     gpt = model_of(parallel, Fp8Config(recipe=recipe), torch.bfloat16)  # pyright: ignore[reportArgumentType]
     response_logps([gpt], packs, parallel)
     linear = [m for m in gpt.modules() if isinstance(m, LINEAR)]
@@ -203,11 +205,7 @@ def test_step_0_is_not_ln_2_when_the_reference_rounds_otherwise(
     config = config_of(pairs, tmp_path, fp8__recipe=recipe, train__check_first_loss=False)
     trainer = Trainer(config, parallel)
     if spoilt == "in bf16":
-        monkeypatch.setattr(Engine, "context", Engine.context)
-        off = transformer_config(MODEL, parallel, dtype=torch.bfloat16)
-        from megatron.core.transformer import transformer_block
-
-        monkeypatch.setattr(transformer_block, "get_fp8_context", lambda *_: Engine.context(off))
+        monkeypatch.setattr(transformer_block, "get_fp8_context", lambda *_: nullcontext())
     trainer.train()
     assert metrics(tmp_path)[0]["drift"] > 1e-3
 
@@ -230,6 +228,15 @@ def test_weights_are_rounded_once_a_step(parallel: Parallel, pairs: Path, tmp_pa
         assert calls.count(3) == 4 * 3 * 3
         curves.append([step["loss"] for step in metrics(tmp_path / str(always))])
     assert curves[0] == curves[1] and len(set(curves[0])) == 3
+
+
+def test_recomputation_rounds_alike(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
+    """It runs after the forward pass has kept the rounded weights. A recipe without history."""
+    curves = []
+    for recompute in ("none", "full", "selective"):
+        train(parallel, config_of(pairs, tmp_path / recompute, train__recompute=recompute))
+        curves.append([(step["loss"], step["grad_norm"]) for step in metrics(tmp_path / recompute)])
+    assert curves[0] == curves[1] == curves[2] and len(set(curves[0])) == 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -292,19 +299,29 @@ def test_another_precision_is_another_run(parallel: Parallel, pairs: Path, tmp_p
             Trainer(config_of(pairs, tmp_path, **settings, train__steps=4), parallel)
 
 
+def test_evaluation_does_not_run_in_fp8(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
+    train(parallel, config_of(pairs, tmp_path, fp8__recipe="tensorwise", train__steps=1))
+    for command in (EVALUATE, GENERATE):
+        for overrides, precision in (([], "auto"), (["train.precision=bf16"], "bf16")):
+            _, config = config_for(command, tmp_path, overrides, 1)
+            assert (config.train.precision, config.fp8) == (precision, Fp8Config())
+        with pytest.raises(ValueError, match="does not run in FP8"):
+            config_for(command, tmp_path, ["train.precision=fp8"], 1)
+
+
 def test_a_reference_pass_leaves_no_trace_in_the_scales(
     parallel: Parallel, pairs: Path, tmp_path: Path
 ) -> None:
-    trainer = Trainer(config_of(pairs, tmp_path, fp8__recipe="delayed"), parallel)
-    assert list((tmp_path / "cache").glob("reference-*.npz"))
+    config = config_of(pairs, tmp_path, fp8__recipe="delayed", data__cache_dir=str(tmp_path))
+    trainer = Trainer(config, parallel)
+    assert list(tmp_path.glob("reference-*.npz"))
     for kept in te.read_scales(trainer.chunks).values():
         history = kept["scaling_fwd"][1]
         assert bool((history[-1, :2] > 0).all()) and not history[:-1].any()
 
 
-def test_an_online_reference_keeps_its_scales(parallel: Parallel, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_online_reference_keeps_its_scales(parallel: Parallel, packs: list[Pack], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Training adjusts the scales of every model in the process, by what was seen in few passes here."""
-    packs = first_packs(parallel, pairs, tmp_path)
     monkeypatch.setattr(te, "AMAX_HISTORY", 4)
     gpt = model_of(parallel, Fp8Config(recipe="delayed"), torch.bfloat16)
     te.settle_scales([gpt], lambda: response_logps([gpt], packs, parallel))
@@ -320,9 +337,8 @@ def test_an_online_reference_keeps_its_scales(parallel: Parallel, pairs: Path, t
     assert np.array_equal(*scored)
 
 
-def test_settled_scales_hold(parallel: Parallel, pairs: Path, tmp_path: Path) -> None:
+def test_settled_scales_hold(parallel: Parallel, packs: list[Pack]) -> None:
     """Powers of two, with room for what the packs showed, and unchanged by passes over them."""
-    packs = first_packs(parallel, pairs, tmp_path)
     gpt = model_of(parallel, Fp8Config(recipe="delayed"), torch.bfloat16)
     assert all(bool((t == 1).all()) for kept in te.read_scales([gpt]).values() for t in (kept["scaling_fwd"][0],))  # fmt: skip
     te.settle_scales([gpt], lambda: response_logps([gpt], packs, parallel))

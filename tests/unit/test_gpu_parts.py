@@ -145,3 +145,28 @@ def test_a_build_is_of_these_sources(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "csrc" / "a.cu").write_text("2")
     hashes.append(build.sources_hash())
     assert len(set(hashes)) == 3
+
+
+def test_the_ablation_changes_one_thing_at_a_time() -> None:
+    step = module("gpu_step")
+    kinds = {op: ["triton", "cuda", "reference"] for op in step.OPS}
+    kinds["packed_attention"] = ["triton", "reference"]  # its CUDA kernels were red
+    base, *others = step.variants("triton", "all", kinds)
+    assert set(base.backends.values()) == {"triton"} and base.share_prefix and not base.kv_shift
+    one_op = [v for v in others if " in " in v.name and not v.name.startswith("all")]
+    assert [v.name for v in one_op] == [
+        "packed_attention in reference",
+        "linear_logprob in cuda",
+        "linear_logprob in reference",
+        "kv_shift_rope in cuda",
+        "kv_shift_rope in reference",
+    ]
+    for variant in one_op:
+        op, _, kind = variant.name.partition(" in ")
+        assert variant.backends == {**base.backends, op: kind} and variant.share_prefix
+    rest = {v.name: v for v in others if v not in one_op}
+    assert set(rest) == {"nothing shared", "keys and values shifted", "all in reference"}
+    assert not rest["nothing shared"].share_prefix and rest["keys and values shifted"].kv_shift
+    assert [v.name for v in step.variants("triton", "one", kinds)] == ["all in triton"]
+    few = [v.name for v in step.variants("triton", "few", kinds)]
+    assert few == ["all in triton", "nothing shared", "keys and values shifted"]

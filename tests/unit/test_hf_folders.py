@@ -106,6 +106,7 @@ def test_a_folder_fills_the_recipe(references: dict[str, Any], tmp_path: Path) -
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide"),
         ("llama", {"num_key_value_heads": "2", "head_dim": -8}, r'num_key_value_heads = "2": must be a whole(.|\n)*head_dim = -8'),
         ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps = "1e-5": must be a number above 0'),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta = 10+: must be a number above 0"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta = -1.0: must be a number above 0"),
         ("mistral", {"sliding_window": [9]}, r"sliding_window = \[9\]: must be a whole number"),
         ("qwen3-windows", {"layer_types": 1}, "layer_types = 1: must tell which of the 4 layers have the window"),
