@@ -201,6 +201,7 @@ class Fp8Config:
     first_layers_bf16: int | Literal["auto"] = "auto"
     """The first so many layers stay in bf16. auto: 1, with delayed 0, which cannot have any."""
     last_layers_bf16: int | Literal["auto"] = "auto"
+    """The last so many; auto as for the first."""
     param_gather: bool = False
     """Keep these layers' weights in FP8 only, also in checkpoints, and gather them as such after a step: half of bf16's memory and traffic.
     What trains are the optimizer's fp32 weights. Needs parallel.distributed_optimizer."""
