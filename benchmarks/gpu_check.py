@@ -30,6 +30,14 @@ LOG_CHARACTERS = 6000
 LEAST_SECONDS = 10.0
 """A part is not started with less."""
 KINDS = ("triton", "cuda")
+DEFAULTS = {
+    # one rank: without a network the name of this machine may be looked up for many seconds
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "NVTE_FRAMEWORK": "pytorch",  # Transformer Engine would import JAX, too
+}
+"""Of the environment of all parts, unless something else is set."""
 
 
 def green_backends(op: str, done: dict[str, Any]) -> list[str]:
@@ -64,7 +72,7 @@ def run(
     out = folders["work"] / f"{part.name.replace(' ', '_').replace(',', '')}.json"
     command = [filled(str(word), {**folders, "out": out}, done) for word in part.command]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**DEFAULTS, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     log = folders["work"] / "log"
     began_s = time.monotonic()
     with log.open("wb") as sink:
@@ -117,21 +125,26 @@ def skipped(part: Part, done: dict[str, Any], seconds: float) -> str:
 
 
 def check(
-    chosen: list[Part], folder: Path, minutes: float, say: Callable[[str], None]
+    chosen: list[Part],
+    folder: Path,
+    minutes: float,
+    say: Callable[[str], None],
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Runs the parts, with `gpu_check.json` in `folder` up to date after each."""
+    """Runs the parts, with `gpu_check.json` in `folder` up to date after each. earlier: parts of another call, which are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     ends_s = time.monotonic() + 60 * minutes
-    done: dict[str, Any] = {}
+    done = dict(earlier or {})
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         folders = {"folder": folder, "work": Path(work)}
         for part in chosen:
             seconds = min(part.limit_s, ends_s - time.monotonic())
+            done.pop(part.name, None)
             why = skipped(part, done, seconds)
             done[part.name] = {"status": why} if why else run(part, seconds, folders, done)
             save({"minutes": minutes, "commit": commit(), "parts": done}, folder)
             say(told(part, done[part.name]))
-    return done
+    return {part.name: done[part.name] for part in chosen}
 
 
 def told(part: Part, result: dict[str, Any]) -> str:
@@ -148,14 +161,17 @@ def save(record: dict[str, Any], folder: Path) -> None:
 
 
 def commit() -> str:
+    """Empty where there is no git, or only the files."""
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def only(parts: list[Part], text: str) -> list[Part]:
-    """Those whose name contains the text, and all that they need."""
+    """Those in whose name the regular expression is found, and all that they need."""
     by_name = {part.name: part for part in parts}
-    wanted = [part.name for part in parts if text in part.name]
+    wanted = [part.name for part in parts if re.search(text, part.name)]
     for name in wanted:  # grows while it is read
         wanted += [needed for needed in by_name[name].needs if needed not in wanted]
     return [part for part in parts if part.name in wanted]
@@ -165,7 +181,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", help="parts whose name contains this, and what they need")
+    parser.add_argument("--only", help="parts whose name matches this, and what they need")
+    parser.add_argument(
+        "--after",
+        type=Path,
+        help="gpu_check.json of an earlier call: its parts are kept, its tests count",
+    )
     parser.add_argument("--list", action="store_true", help="the parts and their expected seconds")
     parser.add_argument("--simulate", action="store_true", help="tiny shapes on a CPU")
     arguments = parser.parse_args()
@@ -177,7 +198,9 @@ def main() -> int:
             print(f"{part.expected_s:5.0f} s, at most {part.limit_s:3.0f}  {part.name}")
         return 0
     find_cuda()
-    done = check(chosen, arguments.out.resolve(), arguments.minutes, lambda s: print(s, flush=True))
+    earlier = json.loads(arguments.after.read_text())["parts"] if arguments.after else {}
+    folder = arguments.out.resolve()
+    done = check(chosen, folder, arguments.minutes, lambda s: print(s, flush=True), earlier)
     print(f"wrote {arguments.out / 'gpu_check.json'}")
     good = ("ok", "skipped")
     return int(any(not result["status"].startswith(good) for result in done.values()))

@@ -38,9 +38,13 @@ def installed(package: str) -> str | None:
 
 
 def nvidia_smi() -> dict[str, str]:
+    """What it says; nothing where it is not there or does not know a field, which is no reason to measure nothing."""
     query = ["nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=True)
-    return dict(zip(FIELDS.split(","), done.stdout.splitlines()[0].split(", "), strict=True))
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia_smi": str(error)[:300]}
+    return dict(zip(FIELDS.split(","), done.stdout.splitlines()[0].split(", "), strict=False))
 
 
 def nvcc() -> str | None:
@@ -69,8 +73,9 @@ def gpu() -> dict[str, Any]:
     measured = measured_ceilings(torch.device("cuda"), tiny=False)
     warm = nvidia_smi()
     return {
+        "name": torch.cuda.get_device_name(0),
         **idle,
-        "after_ceilings": {k: warm[k] for k in ("clocks.sm", "clocks.mem", "power.draw")},
+        "after_ceilings": {k: warm.get(k) for k in ("clocks.sm", "clocks.mem", "power.draw")},
         "compute_capability": list(torch.cuda.get_device_capability(0)),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": properties.total_memory / 2**30,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
+
+from torch.autograd import DeviceType
 
 RANGES = {  # part of the name of an op, or of a range around it -> category; the innermost match counts
     "linear_logprob": "output layer and loss",
@@ -47,6 +49,7 @@ KERNELS = {  # part of a kernel's name -> category; the first match counts
     "memcpy": "copies and fills",
     "memset": "copies and fills",
     "elementwise": "elementwise and reductions",
+    "triton_": "elementwise and reductions",  # torch.compile's
     "reduce": "elementwise and reductions",
     "cat": "elementwise and reductions",
     "index": "elementwise and reductions",
@@ -73,15 +76,32 @@ def category_of_range(event: Any) -> str | None:
 
 
 def kernels_of(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """Name, category and seconds of every kernel, copy and fill that was launched."""
-    return [
-        (kernel.name, within or category_of_kernel(kernel.name), kernel.duration / 1e6)
-        for event in events
-        if getattr(event, "kernels", ())
-        for within in (category_of_range(event),)
-        for kernel in event.kernels
-        if not kernel.name.startswith(SPANS)
-    ]
+    """Name, category and seconds of every kernel, copy and fill that ran.
+
+    The GPU's own timeline says what ran. torch tells which op launched it, but not of what a package launched outside of any op, and
+    it may name two launchers for one kernel.
+    """
+    events = list(events)
+    ran = Counter(
+        (event.name, event.time_range.elapsed_us()) for event in events if is_kernel(event)
+    )
+    found = []
+    for event in events:
+        if not is_kernel(event) and event.kernels:
+            within = category_of_range(event)
+            for kernel in event.kernels:
+                key = (kernel.name, kernel.duration)
+                if ran[key] > 0:
+                    ran[key] -= 1
+                    found.append((kernel.name, within or category_of_kernel(kernel.name), kernel.duration / 1e6))  # fmt: skip
+    alone = ran.elements()
+    return found + [(name, category_of_kernel(name), us / 1e6) for name, us in alone]
+
+
+def is_kernel(event: Any) -> bool:
+    """Also a copy or a fill; not a span."""
+    on_gpu = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    return on_gpu and not event.name.startswith(SPANS)
 
 
 def kernel_seconds(kernels: Iterable[tuple[str, str, float]]) -> dict[str, float]:

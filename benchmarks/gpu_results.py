@@ -51,7 +51,9 @@ def steps(record: dict[str, Any]) -> dict[str, Any] | None:
         return None
     device = parts["device"]["result"]
     found = {"commit": record["commit"], "device": device, "steps": ours}
-    return found | ({"trl": trl} if (trl := result_of(parts, TRL)) and trl.get("best") else {})
+    return found | (
+        {"trl": trl} if (trl := parts.get(TRL, {}).get("result", {})).get("best") else {}
+    )
 
 
 def results(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ FILE.json is written again after every variant; one that fails has its error.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -144,7 +145,10 @@ class Steps:
         return self.records
 
 
-def measure(steps: Steps, variant: Variant, seconds: float, trace: Path | None) -> dict[str, Any]:
+def measure(
+    steps: Steps, variant: Variant, seconds: float, trace: Path | None, row: dict[str, Any]
+) -> None:
+    """Into `row`, which keeps what was measured before an error."""
     on_gpu = torch.cuda.is_available()
     began_s = time.perf_counter()
     first = steps.run(WARM_UP_STEPS)[0]
@@ -152,7 +156,7 @@ def measure(steps: Steps, variant: Variant, seconds: float, trace: Path | None) 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     records = steps.run(3, seconds)
-    row: dict[str, Any] = {"warm_up_s": warm_up_s, "first_loss": first["loss"]}
+    row |= {"warm_up_s": warm_up_s, "first_loss": first["loss"]}
     row |= speeds(records, steps.trainer.clock.peak_flops)
     row["peak_gib"] = max(record["peak_gib"] for record in records)
     if variant.profiled:
@@ -164,7 +168,6 @@ def measure(steps: Steps, variant: Variant, seconds: float, trace: Path | None) 
         row["slowest_kernels"] = slowest_kernels(kernels)
         if trace is not None:
             profiler.export_chrome_trace(str(trace))
-    return row
 
 
 def speeds(records: Sequence[dict[str, Any]], peak_flops: float) -> dict[str, Any]:
@@ -224,9 +227,11 @@ def measure_all(
     for variant in variants(arguments.base, arguments.variants, kinds):
         row: dict[str, Any] = {k: v for k, v in asdict(variant).items() if k != "profiled"}
         trace = arguments.trace if not record["results"] else None
+        gc.collect()
+        torch.cuda.empty_cache()  # an earlier one may have run out of memory
         try:
             with as_variant(trainer, variant):
-                row |= measure(steps, variant, arguments.seconds, trace)
+                measure(steps, variant, arguments.seconds, trace, row)
         except Exception as error:  # one op's fault must not cost the others' numbers
             row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         record["results"].append(row)

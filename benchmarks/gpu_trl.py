@@ -147,6 +147,16 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(measured, key=lambda row: row["pairs_per_s"]) if measured else None
 
 
+def compare(record: dict[str, Any], ours: Path | None) -> None:
+    """With the first row of what gpu_step.py measured."""
+    if record["best"] is None or ours is None or not ours.exists():
+        return
+    row = json.loads(ours.read_text())["results"][0]
+    if "pairs_per_s" in row:
+        record["ours_pairs_per_s"] = row["pairs_per_s"]
+        record["ours_times_trl"] = row["pairs_per_s"] / record["best"]["pairs_per_s"]
+
+
 def try_batches(
     given: dict[str, Any], rows: list[Any], model: Any, arguments: argparse.Namespace, record: Any
 ) -> None:
@@ -168,6 +178,7 @@ def try_batches(
             row = {"pairs_per_step": pairs, "error": str(error)[:300]}
         record["results"].append(row)
         record["best"] = best(record["results"])
+        compare(record, arguments.ours)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps({k: v for k, v in row.items() if k != "step_time_s"}), flush=True)
         model.zero_grad(set_to_none=True)
@@ -199,12 +210,6 @@ def main() -> int:
     record["liger"] = on_gpu and "liger-kernel" in record["versions"]
     model = load_model(given, arguments.given, on_gpu)
     try_batches(given, [json.loads(line) for line in lines], model, arguments, record)
-    if record["best"] and arguments.ours and arguments.ours.exists():
-        ours = json.loads(arguments.ours.read_text())["results"][0]
-        if "pairs_per_s" in ours:
-            record["ours_pairs_per_s"] = ours["pairs_per_s"]
-            record["ours_times_trl"] = ours["pairs_per_s"] / record["best"]["pairs_per_s"]
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(not record["best"])
 
 

@@ -97,15 +97,12 @@ class ModelConfig:
 
     def heads_of(self, layer: int) -> Heads:
         """The attention of a layer, counted from 0."""
-        windowed = self.sliding_window and (not self.window_layers or layer in self.window_layers)
-        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        if windowed and self.window_layers:
-            kv_heads = self.window_kv_heads or kv_heads
-            if self.window_heads:
-                heads, dim = self.window_heads, 0
-        return Heads(
-            heads, kv_heads, dim or self.hidden_size // heads, windowed and self.sliding_window
-        )
+        heads, kv_heads, window = self.num_heads, self.num_kv_heads, self.sliding_window
+        if layer in self.window_layers:
+            heads, kv_heads = self.window_heads or heads, self.window_kv_heads or kv_heads
+        elif self.window_layers:
+            window = 0
+        return Heads(heads, kv_heads, self.head_dim or self.hidden_size // heads, window)
 
     def kinds_of_layers(self) -> dict[Heads, int]:
         """How many layers have each attention that there is, in the order of their first."""

@@ -39,7 +39,7 @@ def model_problems(config: RunConfig) -> list[str]:
             'model.kv_shift_init = "random": has no effect while model.kv_shift is false; '
             "set model.kv_shift to true, or leave model.kv_shift_init out"
         )
-    return problems + _window_problems(model) + _rope_problems(model)
+    return problems + _window_problems(config) + _rope_problems(model)
 
 
 def heads_of_all_layers(model: ModelConfig) -> dict[str, int]:
@@ -52,8 +52,9 @@ def heads_of_all_layers(model: ModelConfig) -> dict[str, int]:
     return heads | {key: count for key, count in others.items() if count}
 
 
-def _window_problems(model: ModelConfig) -> list[str]:
-    layers, problems = model.window_layers, []
+def _window_problems(config: RunConfig) -> list[str]:
+    model, problems = config.model, []
+    layers = model.window_layers
     given = {
         "window_layers": list(layers),
         "window_heads": model.window_heads,
@@ -85,6 +86,16 @@ def _window_problems(model: ModelConfig) -> list[str]:
     if model.layers_differ and heads % kv_heads:
         problems.append(
             f"model.window_kv_heads = {kv_heads}: must divide the {heads} heads of these layers; choose one of {divisors(heads)}"
+        )
+    if model.window_heads and model.head_dim:
+        problems.append(
+            f"model.head_dim = {model.head_dim}: must be left out where model.window_heads is set, because heads of several sizes are "
+            "hidden_size / heads each"
+        )
+    if config.train.kernels == "cuda" and 0 < model.sliding_window < config.data.pack_length:
+        problems.append(
+            f'train.kernels = "cuda": its attention knows no window, and data.pack_length = {config.data.pack_length} is more than '
+            f'model.sliding_window = {model.sliding_window}; use "triton" or "auto", or shorter packs'
         )
     if model.window_heads and (model.hidden_size % heads or model.hidden_size // heads % 2):
         problems.append(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from nova_sys.config import RunConfig
+from nova_sys.config import ModelConfig, RunConfig
 from nova_sys.config_io import check, check_profile
 from nova_sys.data.loader import PackLoader
 from nova_sys.data.prepare import prepare_data
 from nova_sys.hf.config_json import is_hf_folder
 from nova_sys.hf.folder import HFFolder
 from nova_sys.memory import fullest_rank, recompute_block
-from nova_sys.model.build import count_parameters, head_dim, padded_vocab_size
+from nova_sys.model.build import count_parameters, padded_vocab_size
 from nova_sys.start import starting_tokenizer
 
 
@@ -40,7 +40,7 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         "layout": f"{world_size} ranks = tensor {parallel.tensor} {context}x pipeline {parallel.pipeline} x data {data_size}"
         + (f", {parallel.virtual_pipeline} chunks per stage" if parallel.virtual_pipeline > 1 else "")
         + (", sequence parallel" if parallel.sequence else ""),
-        "model": f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads of {head_dim(model)}, "
+        "model": f"{model.num_layers} layers, hidden {model.hidden_size}, {_heads_text(model)}, "
         f"FFN {model.ffn_hidden_size}, vocabulary {vocab_size:,} (padded to {padded_vocab_size(vocab_size):,})",
         "parameters": f"{count_parameters(model, vocab_size):,}",
         "documents": f"{data.store.num_documents:,} ({tokens:,} tokens)",
@@ -55,3 +55,14 @@ def plan_text(config: RunConfig, world_size: int) -> str:
         lines["memory"] = f"{fullest} on a GPU of the fullest stage (docs/memory.md)"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _heads_text(model: ModelConfig) -> str:
+    """All that there are: layers may differ."""
+    texts = {
+        f"{heads}/{kv_heads} heads of {dim}" + (f", window {window:,}" if window else ""): count
+        for (heads, kv_heads, dim, window), count in model.kinds_of_layers().items()
+    }
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{count} with {text}" for text, count in texts.items())

@@ -45,7 +45,7 @@ class SegmentIndex:
     def num_tokens(self) -> int:
         return self.position_T.shape[0]
 
-    @property
+    @cached_property
     def num_positions(self) -> int:
         """One more than the largest position in the pack."""
         return max((p1 - p0 + end - start for start, end, p0, p1 in self.host_segments), default=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ ONLY = {  # a key that is there must have one of these values: nothing here comp
     "conv_window": (2,),
     "quantization_config": (None,),
 }
+MAX_LAYERS = 100_000
 A_NUMBER = "must be a number above 0"
 FROM_FOLDER = (
     "num_kv_heads",
@@ -107,6 +109,9 @@ def read_model(folder: Path) -> tuple[Family, ModelConfig]:
         for key, allowed in ONLY.items()
         if key in config and config[key] not in allowed and config[key] is not None
     ]
+    if fields["num_layers"] > MAX_LAYERS:
+        problems.append(f"num_hidden_layers = {fields['num_layers']}: must be at most {MAX_LAYERS}")
+        fields["num_layers"] = 1
     fields |= _rope_fields(config, problems)
     fields |= {option: option in family.has for option in OPTIONS}
     kv_heads = _optional_number(config, "num_key_value_heads", problems)
@@ -213,7 +218,7 @@ def _window_fields(
     if not layers:
         return {}
     windowed: dict[str, Any] = {"sliding_window": window}
-    for theirs, ours in SWA_HEADS.items():
+    for theirs, ours in SWA_HEADS.items() if family.windows == "sliding_window_layers" else ():
         count = _optional_number(config, theirs, problems)
         if count and count != fields[ours.replace("window", "num")]:
             windowed[ours] = count
@@ -222,19 +227,22 @@ def _window_fields(
     return windowed
 
 
-def _windowed_layers(family: Family, config: dict[str, Any], num_layers: int) -> list[int] | None:
+def _windowed_layers(
+    family: Family, config: dict[str, Any], num_layers: int
+) -> Sequence[int] | None:
     """None where the value makes no sense."""
-    given, every = config.get(family.windows), list(range(num_layers))
+    given, every = config.get(family.windows), range(num_layers)
     if family.windows == "sliding_window":
         return every
     if family.windows == "sliding_window_layers":
-        fits = isinstance(given, list) and all(layer in every for layer in given)
+        fits = isinstance(given, list) and all(type(n) is int and n in every for n in given)
         return sorted(set(given or [])) if fits else None
     if given is None:  # transformers 4: the first ones see everything
         first = config["max_window_layers"]
         return every[first:] if isinstance(first, int) and first >= 0 else None
     kinds = ("sliding_attention", "full_attention")
-    if not isinstance(given, list) or len(given) != num_layers or set(given) - set(kinds):
+    fits = isinstance(given, list) and all(kind in kinds for kind in given)
+    if not fits or len(given) != num_layers:
         return None
     return [layer for layer in every if given[layer] == kinds[0]]
 
@@ -262,7 +270,8 @@ def _family_problems(family: Family, fields: dict[str, Any], config: dict[str, A
         problems.append(
             "no max_position_embeddings: this is the 13B model, whose positions are ALiBi's; only rotary ones are there"
         )
-    if fields.get("window_layers") and fields["head_dim"] and fields.get("window_heads"):
+    own_dim = fields["head_dim"] not in (0, fields["hidden_size"] // heads)
+    if own_dim and fields.get("window_heads"):
         problems.append(
             f"head_dim = {fields['head_dim']}: must be left out where some layers have other heads, whose size is hidden_size / heads"
         )
@@ -274,6 +283,8 @@ def disagreements(given: dict[str, Any], folder: Path, there: ModelConfig) -> li
     problems = []
     for name in FROM_FOLDER:
         ours, theirs = given.get(name), getattr(there, name)
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs  # as a recipe has it
+        ours = list(ours) if isinstance(ours, tuple) else ours
         same = (
             ours == theirs
             or (name == "vocab_size" and ours == 0)

@@ -12,6 +12,13 @@ from nova_sys.config import ModelConfig
 from nova_sys.hf.config_json import NAMES, ROPE_NAMES, ROPE_TYPES
 from nova_sys.hf.families import FAMILIES, OPTIONS, Family
 
+WINDOWS = {  # Family.windows: what of [model] it can say
+    "": [],
+    "sliding_window": ["sliding_window"],
+    "layer_types": ["sliding_window", "window_layers"],
+    "sliding_window_layers": ["sliding_window", "window_layers", "window_heads", "window_kv_heads"],
+}
+
 
 def family_for(model: ModelConfig, like: dict[str, Any]) -> Family:
     """The family that computes what `model` does: that of `like` (a config.json) if it does, else the first one.
@@ -30,11 +37,14 @@ def family_for(model: ModelConfig, like: dict[str, Any]) -> Family:
     of_like = [family for family in fitting if [family.architecture] == like.get("architectures")]
     if not fitting:
         options = {**dict.fromkeys(sorted(has), True), "tied_embeddings": model.tied_embeddings}
+        windows = ("sliding_window", "window_layers", "window_heads", "window_kv_heads")
+        options |= {name: value for name in windows if (value := getattr(model, name))}
         described = ", ".join(
             f"model.{key} = {json.dumps(value)}" for key, value in options.items()
         )
         known = "; ".join(
-            f"{f.architecture}: {', '.join(f.has) or 'none of them'}" for f in FAMILIES
+            f"{f.architecture}: {', '.join([*f.has, *WINDOWS[f.windows]]) or 'none of them'}"
+            for f in FAMILIES
         )
         raise ValueError(
             f"no Hugging Face architecture here computes a model with {described}, {model.num_heads} heads and {model.num_kv_heads} "
@@ -49,7 +59,9 @@ def _tells_windows(family: Family, model: ModelConfig) -> bool:
         return True
     if model.layers_differ:
         return family.windows == "sliding_window_layers"
-    return bool(family.windows) and not (model.window_layers and family.windows == "sliding_window")
+    if 0 < len(model.window_layers) < model.num_layers:
+        return family.windows in ("layer_types", "sliding_window_layers")
+    return bool(family.windows)
 
 
 def write_config(
@@ -62,7 +74,7 @@ def write_config(
     config["vocab_size"] = vocab_size
     if family.grouped:
         config["num_key_value_heads"] = model.num_kv_heads
-    if model.head_dim or "head_dim" in config:
+    if model.head_dim or "head_dim" in config or "head_dim" in family.defaults:
         config["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
     config |= {"rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings}
     config.setdefault("hidden_act", "silu")

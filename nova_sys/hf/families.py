@@ -3,7 +3,7 @@
 Shapes are written in these letters; a product stands without a sign, "NH+2KH" is a sum.
 D hidden, N query heads, K key/value heads, H head dim, F ffn, V vocabulary (Megatron's is padded).
 
-Our tensors are Megatron's, by their global names, which have no number of a layer. Two of them hold several of theirs:
+Our tensors are Megatron's, by their global names without a layer's number (weight_names.py). Two of them hold several of theirs:
     linear_qkv  for each key/value head: its N/K query heads, its key, its value
     linear_fc1  gate, then up
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -82,11 +81,6 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> int:
     return total
 
 
-def recompute_block(num_layers: int, setting: int | Literal["auto"]) -> int:
-    """Layers per recomputed block. Keeping L/n inputs and recomputing n layers at a time costs least memory at n = sqrt(L)."""
-    return round(math.sqrt(num_layers)) if setting == "auto" else setting
-
-
 def transformer_config(
     model: ModelConfig,
     parallel: Parallel,
@@ -94,18 +88,15 @@ def transformer_config(
     dtype: torch.dtype,
     fp8: Fp8Config | None = None,
     recompute: str = "none",
-    recompute_layers: int | Literal["auto"] = "auto",
+    recompute_layers: int = 1,
 ) -> TransformerConfig:
     """Megatron's configuration of our decoder. No dropout anywhere: preference losses compare two forwards of one policy."""
     bf16 = dtype == torch.bfloat16
-    per_stage = model.num_layers // (parallel.pipeline_size * parallel.virtual_size)
     full = recompute == "full"
     recompute_options = {
         "recompute_granularity": None if recompute == "none" else recompute,
         "recompute_method": "uniform" if full else None,
-        "recompute_num_layers": min(per_stage, recompute_block(model.num_layers, recompute_layers))
-        if full
-        else None,
+        "recompute_num_layers": recompute_layers if full else None,
     }
     return TransformerConfig(
         num_layers=model.num_layers,

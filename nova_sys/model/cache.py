@@ -7,7 +7,7 @@ Attention reads keys that are mixed (KV shifting) and rotated, and values that a
 new tokens only; a cache of raw keys would have to be mixed and rotated anew, whole, at every step. The raw key and value of each
 sequence's last token are kept besides, because the next token's mix needs them, and nothing else does.
 
-Memory per rank:  2 * layers * K * H * (L + 1) * B * bytes per element,  L = longest prompt + new tokens of the batch.
+Memory per rank:  2 * K * H * (L + 1) * B * bytes per element in each layer,  L = longest prompt + new tokens of the batch (also with a window).
 """
 
 from __future__ import annotations

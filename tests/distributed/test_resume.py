@@ -42,6 +42,10 @@ TP2_PP2 = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": Tr
 FOURS = {
     "model.num_layers": 4,
     "model.num_kv_heads": 4,
+    # Layers of two shapes: each has tensors of its own in a checkpoint.
+    "model.sliding_window": 16,
+    "model.window_layers": [1, 2],
+    "model.window_heads": 8,
     "train.steps": 6,
 }  # for 4 ranks of each kind
 SAVED = "fours-tp2-pp2"

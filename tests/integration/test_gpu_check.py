@@ -92,6 +92,17 @@ def test_parts_that_fail_are_told_and_do_not_stop_the_rest(
     assert done["green"]["status"] == "ok" and len(said) == 6
     late = gpu_check.check(chosen[-1:], tmp_path, 0.01, said.append)
     assert late["green"] == {"status": "skipped: no time left"}
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)  # a machine without git
+    again = gpu_check.check([chosen[0], chosen[-1]], tmp_path, 1.0, said.append, done)
+    record = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(again) == ["red", "green"] and again["green"]["status"] == "ok"
+    assert record["parts"] == {**done, **again} and record["commit"] == ""
+
+
+def test_parts_are_chosen_by_a_regular_expression(gpu_check: ModuleType) -> None:
+    parts = gpu_check.gpu_parts.core()
+    chosen = [part.name for part in gpu_check.only(parts, "in cuda|^step TRL")]
+    assert chosen == ["device", "build", "test in cuda", "step TRL with Liger"]
 
 
 def test_only_kernels_with_green_tests_are_timed(gpu_check: ModuleType) -> None:

@@ -23,7 +23,7 @@ MAY_SPILL = {
     ("dq", 192): 424,
     ("dkv", 192): 864,
     ("dkv", 96): 64,
-    ("dkv", 128): 40,
+    ("dkv", 128): 88,
     ("dkv", 256): 88,
 }
 """Bytes per thread. 96, 128 and 256 spill only for groups that are no power of two; 192 pads every row to 256."""

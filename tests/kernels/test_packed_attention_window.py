@@ -106,8 +106,9 @@ def test_equals_flex_attention_with_a_sliding_window():
     assert max_error(expected, packed_attention(q, k, v, segments, window=window)) < 1e-13
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 21, 40, 52])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize(
+    ("heads", "window"), [*(((8, 2), w) for w in (1, 16, 21, 52)), ((4, 4), 7), ((4, 4), 40)]
+)
 @pytest.mark.usefixtures("small_triton_tiles")
 def test_triton_matches_the_dense_mask(heads, window):
     """The window's edge in trunks, in prefixes and between the two; scratch and padding poisoned."""
@@ -128,7 +129,7 @@ def test_triton_matches_the_dense_mask(heads, window):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(32, 8, 128), (16, 4, 64), (20, 2, 256)])
+@pytest.mark.parametrize("shape", [(32, 8, 128), (16, 4, 64), (40, 8, 128)])
 @pytest.mark.parametrize("window", [100, 1024])
 def test_triton_on_a_gpu(shape, window):
     for segments in (

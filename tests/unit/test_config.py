@@ -324,6 +324,16 @@ def test_check_accepts_a_runnable_config(tmp_path):
             ["window_heads = 12", "hidden_size = 256"],
         ),
         (
+            "model.sliding_window=8 model.window_layers=[1] model.window_heads=4 model.head_dim=32",
+            1,
+            ["model.head_dim = 32", "left out", "model.window_heads"],
+        ),
+        (
+            "model.sliding_window=8 train.kernels=cuda data.pack_length=64",
+            1,
+            ['train.kernels = "cuda"', "no window", "model.sliding_window = 8"],
+        ),
+        (
             "model.sliding_window=8 model.window_layers=[1] model.window_kv_heads=1 parallel.tensor=2",
             2,
             ["parallel.tensor = 2", "model.window_kv_heads = 1"],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
 from nova_sys.config_io import check
 
@@ -69,7 +71,13 @@ def test_a_kernel_is_counted_to_the_range_that_launched_it() -> None:
 
     def event(name: str, parent: object = None, *kernels: tuple[str, float]) -> SimpleNamespace:
         launched = [SimpleNamespace(name=n, duration=us) for n, us in kernels]
-        return SimpleNamespace(name=name, cpu_parent=parent, kernels=launched)
+        kind = {"device_type": DeviceType.CPU, "is_user_annotation": False}
+        return SimpleNamespace(name=name, cpu_parent=parent, kernels=launched, **kind)
+
+    def on_gpu(name: str, us: float, is_range: bool = False) -> SimpleNamespace:
+        took = SimpleNamespace(elapsed_us=lambda: us)
+        kind = {"device_type": DeviceType.CUDA, "is_user_annotation": is_range}
+        return SimpleNamespace(name=name, time_range=took, kernels=[], **kind)
 
     step = event("nova.forward and backward")
     rope = event("nova_kernels.kv_shift_rope.backward", step)
@@ -83,17 +91,50 @@ def test_a_kernel_is_counted_to_the_range_that_launched_it() -> None:
         event("aten::nothing", step),
         event("nova_kernels.linear_logprob", step, ("nova_kernels.linear_logprob", 9e6)),
     ]
+    ran = [on_gpu(kernel.name, kernel.duration) for e in events[:-1] for kernel in e.kernels]
+    events.append(event("cudaLaunchKernel", step, ("bwd_kernel", 2e6)))  # told twice, ran once
+    events += [*ran, on_gpu("nova_kernels.linear_logprob", 9e6, is_range=True)]
+    events.append(on_gpu("void multi_tensor_apply_kernel", 5e5))  # launched by no op
     kernels = profile.kernels_of(events)
     assert profile.kernel_seconds(kernels) == {
         "linear layers": 5.0,
         "output layer and loss": 3.0,
         "rotary positions and KV shift": 2.0,
-        "optimizer": 1.0,
+        "optimizer": 1.5,
         "copies and fills": 0.5,
     }
     assert profile.slowest_kernels(kernels, 1) == [
         {"name": "nvjet_tst_128x256", "category": "linear layers", "launches": 1, "seconds": 4.0}
     ]
+
+
+def test_what_there_is_no_time_for_is_not_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests_of = module("gpu_tests")
+    files = {"test_linear_x.py": 4, "test_kv_shift_x.py": 1, "test_packed_attention_x.py": 2}
+    tests = [f"{file}::test_{i}" for file, count in files.items() for i in range(count)]
+    order = tests_of.spread(tests)
+    assert sorted(order) == sorted(tests)
+    assert {test.partition("::")[0] for test in order[:3]} == set(files)
+    notes = tmp_path / "notes"
+
+    def passes_two_then_hangs(*_: object, timeout: float, **__: object) -> None:
+        assert timeout == 1.0
+        said = [(order[0], "started"), (order[0], "passed"), (order[1], "started")]
+        said += [(order[1], "failed"), (order[2], "started")]
+        notes.write_text("".join(json.dumps({"test": t, "outcome": o}) + "\n" for t, o in said))
+        raise subprocess.TimeoutExpired("pytest", timeout)
+
+    monkeypatch.setattr(tests_of.subprocess, "run", passes_two_then_hangs)
+    told = tests_of.summary(tests_of.run_share(order, notes, 60.0, 0.0))
+    assert told["counts"] == {"passed": 1, "failed": 1, "no time left": 5}
+    assert list(told["not_good"]) == [order[1]]
+    assert told["green"] == {
+        "linear_dpo": True,
+        "kv_shift_rope": False,  # failed
+        "packed_attention": False,  # none ran
+    }
 
 
 def test_as_many_layers_as_fit() -> None:

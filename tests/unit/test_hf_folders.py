@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nova_sys.config import ModelConfig
-from nova_sys.config_io import config_from, load_recipe
+from nova_sys.config_io import config_from, load_recipe, to_toml
 from nova_sys.config_rules import broken_rules
 from nova_sys.hf.config_json import read_model
 from nova_sys.hf.config_out import family_for, write_config
@@ -111,6 +111,10 @@ def test_a_folder_fills_the_recipe(references: dict[str, Any], tmp_path: Path) -
         ("mistral", {"sliding_window": [9]}, r"sliding_window = \[9\]: must be a whole number"),
         ("qwen3-windows", {"layer_types": 1}, "layer_types = 1: must tell which of the 4 layers have the window"),
         ("qwen3-windows", {"layer_types": ["full_attention", "linear_attention"] * 2}, "layer_types = .*must tell which of the 4 layers"),
+        ("qwen3-windows", {"layer_types": [["full_attention"]] * 4}, "layer_types = .*must tell which of the 4 layers"),
+        ("baichuan-m1", {"sliding_window_layers": [1.0, True]}, r"sliding_window_layers = \[1.0, true\]: must tell which"),
+        ("mistral", {"num_hidden_layers": 2**40}, "num_hidden_layers = 1099511627776: must be at most"),
+        ("baichuan-m1-windows", {"num_hidden_layers": 2**40}, "num_hidden_layers = 1099511627776: must be at most"),
         ("qwen2-windows", {"layer_types": None, "max_window_layers": "all"}, "layer_types = null: must tell which"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("baichuan", {"max_position_embeddings": None}, "ALiBi"),
@@ -118,7 +122,7 @@ def test_a_folder_fills_the_recipe(references: dict[str, Any], tmp_path: Path) -
         ("baichuan", {"tie_word_embeddings": True}, "output layer of a BaichuanForCausalLM is its own"),
         ("baichuan-m1", {"sliding_window_layers": [1, 4]}, r"sliding_window_layers = \[1, 4\]: must tell which of the 4 layers"),
         ("baichuan-m1-windows", {"num_swa_attention_heads": "8"}, 'num_swa_attention_heads = "8": must be a whole number'),
-        ("baichuan-m1-windows", {"head_dim": 8}, "head_dim = 8: must be left out where some layers have other heads"),
+        ("baichuan-m1-windows", {"head_dim": 16}, "head_dim = 16: must be left out where some layers have other heads"),
         ("baichuan-m1", {"conv_window": 3}, "conv_window = 3: must be 2"),
     ],
 )  # fmt: skip
@@ -145,13 +149,40 @@ def test_windows_are_those_of_transformers(references: dict[str, Any], tmp_path:
         slides = [kind == "sliding_attention" for kind in config.layer_types]
         assert windows(name) == [slide and config.sliding_window for slide in slides]
     assert windows("qwen2-windows", layer_types=None) == [0, 37, 37, 37]  # transformers 4
-    assert windows("qwen2-windows", use_sliding_window=False) == [0] * 4
+    assert windows("qwen2-windows", use_sliding_window=False, layer_types=None) == [0] * 4
     assert windows("mistral") == [37] * 4
     assert windows("mistral", sliding_window=None) == [4096] * 4  # transformers' default
-    assert windows("mistral", sliding_window=0) == [0] * 4
+    config = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(tmp_path)[1].sliding_window == 0
     assert windows("baichuan-m1") == [0] * 4
     assert windows("baichuan-m1-windows") == [0, 37, 0, 37]
     assert windows("llama", sliding_window=9) == [0] * 4  # transformers ignores it there
+
+
+def test_a_recipe_may_say_what_the_folder_says(references: dict[str, Any], tmp_path: Path) -> None:
+    """Lists of it, too: the config.toml that a run leaves starts the same run again."""
+    folder = references["baichuan-m1-windows"].folder
+    config = config_from([f"model.init_from={folder}", "data.train=x"], folder)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_recipe(tmp_path / "config.toml") == config
+    with pytest.raises(ValueError, match=r"window_layers = \[1\]: the model in .* has \[1, 3\]"):
+        config_from(
+            [f"model.init_from={folder}", "data.train=x", "model.window_layers=[1]"], folder
+        )
+
+
+def test_exports_that_no_family_can_say_name_the_windows() -> None:
+    model = ModelConfig(num_layers=2, sliding_window=9, window_layers=(1,))
+    with pytest.raises(
+        ValueError, match=r"model.window_layers = \[1\].*MistralForCausalLM: sliding_window;"
+    ):
+        family_for(model, {})
+    everywhere = ModelConfig(num_layers=2, sliding_window=9, window_layers=(0, 1))
+    assert family_for(everywhere, {}).model_type == "mistral"
+    qwen3 = ModelConfig(qk_norm=True)
+    written = write_config(qwen3, 300, family_for(qwen3, {}), "float32", like={})
+    assert transformers.AutoConfig.for_model(**written).head_dim == 256 // 8
 
 
 def test_baichuan_m1_14b(references: dict[str, Any], tmp_path: Path) -> None:
@@ -267,8 +298,8 @@ def test_a_damaged_folder_is_told(
 
 def test_more_layers_than_tensors_are_told_at_once(folder: Path) -> None:
     """The names of all that is missing would fill the memory."""
-    change(folder, num_hidden_layers=2**40)
-    with pytest.raises(ValueError, match=r"num_hidden_layers = 1099511627776: every layer has"):
+    change(folder, num_hidden_layers=2**16)
+    with pytest.raises(ValueError, match=r"num_hidden_layers = 65536: every layer has"):
         HFFolder(folder)
 
 
