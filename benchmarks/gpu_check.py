@@ -35,7 +35,6 @@ DEFAULTS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
-    "NVTE_FRAMEWORK": "pytorch",  # Transformer Engine would import JAX, too
 }
 """Of the environment of all parts, unless something else is set."""
 

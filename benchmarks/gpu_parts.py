@@ -151,7 +151,7 @@ def core() -> list[Part]:
 
 
 def more() -> list[Part]:
-    there, te = ("device",), ("Transformer Engine",)
+    there = ("device",)
     return [
         *(
             Part(f"time {op}, all cases", 240, timing(op, "--seconds", "2"), there, expected_s=s)
@@ -187,7 +187,7 @@ def more() -> list[Part]:
             "FP8 accuracy gate",
             420,
             script("fp8_gate.py", "--plot", "{folder}/fp8_gate.png"),
-            te,
+            there,
             expected_s=300,
         ),
     ]

@@ -165,7 +165,7 @@ def try_batches(
     options = {"on_gpu": torch.cuda.is_available(), "steps": WARM_UP_STEPS + arguments.steps}
     options |= {"liger": record["liger"], "reference": {}}
     for pairs in arguments.batches:
-        too_large = [row["pairs_per_step"] for row in record["results"] if "error" in row]
+        too_large = [row["pairs_per_step"] for row in record["results"] if row.get("too_large")]
         if pairs >= min(too_large, default=pairs + 1):
             continue
         if pairs == min(BATCHES) and best(record["results"]):
@@ -175,7 +175,9 @@ def try_batches(
                 options |= {"pairs": pairs, "folder": folder}
                 row = measure(given, rows, model, options)
         except torch.cuda.OutOfMemoryError as error:
-            row = {"pairs_per_step": pairs, "error": str(error)[:300]}
+            row = {"pairs_per_step": pairs, "too_large": True, "error": str(error)[:300]}
+        except Exception as error:  # of these versions together, say; the next size may go
+            row = {"pairs_per_step": pairs, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         record["results"].append(row)
         record["best"] = best(record["results"])
         compare(record, arguments.ours)

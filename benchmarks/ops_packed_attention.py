@@ -131,7 +131,7 @@ def _others(
     if any(prefix for prefix, _ in documents):  # it takes seconds to compile for a shape
         segments = _table(documents, shape.T).to(device)
         for name, each_time in (("", False), (", its mask made each time", True)):
-            forward = _flex(*inputs, segments, each_time)
+            forward = _made(_flex, *inputs, segments, each_time)
             providers[f"FlexAttention{name}"] = Provider(forward=forward, inputs=inputs)
     lengths = [length for _, (length,) in unshared(documents)]
     copied = Shape(sum(lengths), shape.N, shape.K, shape.H).inputs(device)
@@ -146,10 +146,26 @@ def _others(
     callers["Transformer Engine, nothing shared"] = _transformer_engine
     for name, make in callers.items():
         try:
-            providers[name] = Provider(forward=make(*copied, lengths), inputs=copied, comparable=False)  # fmt: skip
+            forward = _made(make, *copied, lengths)
+            providers[name] = Provider(forward=forward, inputs=copied, comparable=False)
         except ImportError:
             continue  # not installed
     return providers
+
+
+def _made(make: Callable[..., Any], *given: Any) -> Any:
+    """What `make` gives; if it fails, what fails so when it is called: a peer's fault is a row, and costs no other's numbers."""
+    try:
+        return make(*given)
+    except ImportError:
+        raise
+    except Exception as error:
+        problem = error
+
+    def fails() -> tuple[Tensor, ...]:
+        raise problem
+
+    return fails
 
 
 def _table(documents: Documents, T: int) -> Tensor:
