@@ -261,7 +261,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for curve in baseline:
         axes.plot(steps, curve, color="#8b939a", linewidth=0.8)
     axes.plot(steps, mean, color="#4a5157", linewidth=2.0, label=name)
-    colors = ("#1f6f8b", "#c26a2d", "#6a8f3c")
+    colors = ("#1f6f8b", "#c26a2d", "#6a8f3c", "#7d5a8f")  # of ON_A_GPU.candidates
     for (candidate, result), color in zip(record["candidates"].items(), colors, strict=False):
         axes.plot(steps, smooth(result["losses"]).mean(0), color=color, label=candidate)
     axes.set_xlabel("step")

@@ -72,13 +72,14 @@ def wrap_for_training(
 def _describe_backends(config: TransformerConfig, accumulates: str) -> str:
     """One line on Megatron's optional packages: what each part of a step runs on. Megatron takes Transformer Engine's Adam before apex's."""
     adam = BACKENDS[mcore_optimizer.Adam.__module__.partition(".")[0]]
-    linear = "Megatron's"
+    linear, norm = "Megatron's", "norm and attention"
     if config.fp8:
         first, last = config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16
-        linear = f"Transformer Engine's, FP8 {config.fp8_recipe}"
+        linear = f"Transformer Engine's with their norms, FP8 {config.fp8_recipe}"
+        norm = "attention"
         if first or last:
             linear += f" but in the first {first} and last {last} layers"
-    return f"linear layers: {linear}; weight gradients added by {accumulates}; Adam and gradient clipping: {adam}; norm and attention: our own"
+    return f"linear layers: {linear}; weight gradients added by {accumulates}; Adam and gradient clipping: {adam}; {norm}: our own"
 
 
 def build_optimizer(

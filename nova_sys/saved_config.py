@@ -122,7 +122,9 @@ def config_for(
     for override in overrides:
         _refuse_ignored(command, override)
     folder, config = checkpoint_config(checkpoint, [*own, *overrides])
-    config = replace(config, train=replace(config.train, global_batch_packs=world_size))
+    # blocks of layers that are recomputed fit the stages of the training
+    train = replace(config.train, recompute="none", recompute_layers="auto")
+    config = replace(config, train=replace(train, global_batch_packs=world_size))
     config = _without_fp8(command, config, overrides)
     check(config, world_size)
     return folder, config

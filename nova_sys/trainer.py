@@ -274,6 +274,7 @@ class Trainer:
             fp8=self.config.fp8 if train.precision == "fp8" else None,
             recompute=train.recompute,
             recompute_layers=recompute_block(self.config),
+            fuse_swiglu=self.parallel.device.type == "cuda",
         )
 
     def _build_clock(self) -> StepClock:

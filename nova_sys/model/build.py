@@ -89,8 +89,12 @@ def transformer_config(
     fp8: Fp8Config | None = None,
     recompute: str = "none",
     recompute_layers: int = 1,
+    fuse_swiglu: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of our decoder. No dropout anywhere: preference losses compare two forwards of one policy."""
+    """Megatron's configuration of our decoder. No dropout anywhere: preference losses compare two forwards of one policy.
+
+    fuse_swiglu: compiled by torch into kernels that keep SwiGLU's input alone for the backward pass.
+    """
     bf16 = dtype == torch.bfloat16
     full = recompute == "full"
     recompute_options = {
@@ -112,8 +116,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,  # sums these norms' gradients over the tensor-parallel ranks, which have other heads
-        # SwiGLU in one kernel that keeps its input alone: 3 FFN widths a token instead of 5. Compiled by torch for a GPU
-        bias_activation_fusion=parallel.device.type == "cuda",
+        bias_activation_fusion=fuse_swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -45,6 +45,7 @@ def check_precision(precision: str, fp8: Fp8Config, device: torch.device) -> Non
     if precision != "fp8":
         return
     missing = [problem for problem in (_gpu_problem(fp8.recipe, device), _te_problem()) if problem]
+    missing = missing or _refusals(fp8.recipe)
     if missing:
         raise ValueError(
             f'train.precision = "fp8" (fp8.recipe = "{fp8.recipe}"): {", and ".join(missing)}; or set train.precision to "bf16" or "auto"'
@@ -72,6 +73,14 @@ def _te_problem() -> str | None:
             f"needs Transformer Engine, which is installed and does not load ({error}): {INSTALL}"
         )
     return None
+
+
+def _refusals(recipe: str) -> list[str]:
+    """Of Transformer Engine itself, which also looks at CUDA's version; on a GPU that has the capability."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    usable = te.is_fp8_block_scaling_available if recipe == "blockwise" else te.is_fp8_available
+    there, reason = usable(return_reason=True)
+    return [] if there else [f"is refused by Transformer Engine: {reason.rstrip('.')}"]
 
 
 def mcore_fields(fp8: Fp8Config) -> dict[str, Any]:

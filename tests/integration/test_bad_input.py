@@ -28,7 +28,7 @@ Says = tuple[str, str, str]
 
 GOOD = '{"prompt": "Q", "chosen": " yes", "rejected": " no"}\n' * 24
 CUT = GOOD[: GOOD.rindex(" no")]
-GZIPPED = gzip.compress(GOOD.encode())
+GZIPPED = gzip.compress(GOOD.encode(), mtime=0)
 JSON_LINES = "data must be JSON lines, plain or gzip"
 OBJECT = "each line must be one JSON object"
 
@@ -54,7 +54,7 @@ FILES: dict[str, tuple[str | bytes, int | None, Says]] = {  # content; line, 0 f
     "gzip flipped": (GZIPPED[:-8] + b"0000" + GZIPPED[-4:], 0, ("damaged gzip data (CRC check failed", "must be complete", "download it again")),
     "empty": ("", None, ("no records in it", "a data file has at least one line", "Remove it or fill it")),
     "blank": ("\n \n", None, ("no records in it", "at least one line", "fill it")),
-    "empty gzip": (gzip.compress(b""), None, ("no records in it", "at least one line", "fill it")),
+    "empty gzip": (gzip.compress(b"", mtime=0), None, ("no records in it", "at least one line", "fill it")),
     "parquet": (b"PAR1\x15\x04\x15\xff" + bytes(range(256)), 1, ("byte 9 of the line is 0x00", JSON_LINES, "may be Parquet")),
     "random": (bytes(range(255, 0, -1)), 1, ("byte 1 of the line is 0xff", JSON_LINES, "Convert the file")),
     "utf-16": (GOOD.encode("utf-16"), 1, ("is 0x00, not UTF-8 text", JSON_LINES, "may be UTF-16 text, first")),

@@ -211,7 +211,7 @@ def test_malformed(value, kind, said):
 def test_plain_and_gzip_are_told_apart_by_content(tmp_path):
     lines = b'\xef\xbb\xbf{"a": 1}\n\n  {"b": "\xc3\xa9"}\r\n{"c": 3}'
     (tmp_path / "plain.gz").write_bytes(lines)
-    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(lines))
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(lines, mtime=0))
     for name in ("plain.gz", "packed.jsonl"):
         path = tmp_path / name
         found = [(str(source), value) for source, value in read_objects(path, 2)]
@@ -232,11 +232,11 @@ def test_plain_and_gzip_are_told_apart_by_content(tmp_path):
         (b"[" * 100_000, 1, "not valid JSON"),
         (b'{"a": 1}\nPAR1\x15\x04\x00\x00', 2, "byte 7 of the line is 0x00"),
         (b'{"a": 1}\n{"a": "\xe9"}\n', 2, "byte 8 of the line is 0xe9"),
-        (gzip.compress(b'{"a": 1}\n' * 1000)[:-20], None, "damaged gzip data"),
+        (gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], None, "damaged gzip data"),
         (b"\x1f\x8b" + b"x" * 50, 1, "damaged gzip data"),
         (b"", None, "no records in it"),
         (b"\n \n", None, "no records in it"),
-        (gzip.compress(b""), None, "no records in it"),
+        (gzip.compress(b"", mtime=0), None, "no records in it"),
     ],
 )
 def test_bad_files(tmp_path, content, line, said):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,5 +90,15 @@ def test_what_an_fp8_run_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"and this one has 8\.9, and needs .* does not load \(undefined symbol"
     ):
         te.check_precision("fp8", Fp8Config(), gpu)
-    monkeypatch.setattr(importlib, "import_module", lambda _: sys)
+    reason = "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9."
+    engine = SimpleNamespace(
+        is_fp8_available=lambda return_reason: (True, ""),
+        is_fp8_block_scaling_available=lambda return_reason: (False, reason),
+    )
+    monkeypatch.setattr(importlib, "import_module", lambda _: engine)
     te.check_precision("fp8", Fp8Config(recipe="delayed"), gpu)
+    monkeypatch.setattr(te.torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(
+        ValueError, match=r"refused by Transformer Engine: .* CUDA >= 12\.9; or set"
+    ):
+        te.check_precision("fp8", Fp8Config(), gpu)
