@@ -29,7 +29,8 @@ def beside(path: str) -> Any:
 
 hf_models, layout_runs = beside("../unit/hf_models.py"), beside("layout_runs.py")
 
-FAMILIES = ("llama3", "qwen2", "qwen3", "baichuan", "baichuan-m1-windows")  # the first two are tied
+FAMILIES = ("llama3", "qwen2", "mistral", "qwen3", "baichuan", "baichuan-m1-windows")
+"""The first two are tied."""
 LAYOUTS: dict[str, dict[str, Any]] = {  # of two ranks
     "tp2": {"tensor": 2},
     "tp2-sp": {"tensor": 2, "sequence": True},
