@@ -57,9 +57,8 @@ class LayerAttention(SelfAttention):
 
 
 def layer_spec(core_attention: ModuleSpec, model: ModelConfig) -> ModuleSpec:
-    head_norm: Any = (
-        RMSNorm if model.qk_norm else None
-    )  # Megatron's places for it, before core_attention
+    # Megatron's places for it are before core_attention.
+    head_norm: Any = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(
         module=LayerAttention,
         params={"attn_mask_type": AttnMaskType.causal, "model": model},
